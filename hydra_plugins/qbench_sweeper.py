@@ -1,0 +1,26 @@
+"""Hands `qbench -m` to qbench's own planner; Hydra finds sweepers in this namespace package.
+
+Light on purpose: Hydra imports it to list plugins, also for `--help` and completion.
+"""
+
+import sys
+from typing import Any
+
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class QbenchSweeper(Sweeper):
+    """Expands the grid and runs its jobs in one process."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from qbench.sweep.grid import expand
+        from qbench.sweep.session import run_cells
+
+        assert self.hydra_context is not None and self.config is not None
+        cells = expand(arguments, self.hydra_context.config_loader, self.config)
+        sys.exit(run_cells(cells, is_sweep=True))  # Hydra hands nobody what a sweep returns

@@ -1,0 +1,1 @@
+"""One file per algorithm; the dotted path in `conf/algo/*.yaml` is the only registry."""

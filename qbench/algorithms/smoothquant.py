@@ -1,0 +1,56 @@
+"""SmoothQuant: move the activations' outliers into the weights.
+
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models", ICML 2023, arXiv:2211.10438, Equation 4.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from qbench.algorithms.base import Algorithm, Kind
+from qbench.calib.observers import AbsMax
+from qbench.calib.stream import Block
+from qbench.models.surgery import migrate_scale
+from qbench.quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Algorithm):
+    """Divide each normalized channel by `s = max|X|^α / max|W|^(1−α)`.
+
+    The paper smooths the outputs of norms only: the inputs of q, k, v and of the first layers of the MLP.
+
+    Attributes:
+        alpha: Share of the difficulty moved into the weights; 0.5 balances both.
+    """
+
+    alpha: float = 0.5
+
+    kind: ClassVar[Kind] = "transform"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"SmoothQuant's alpha is {self.alpha}, it must be between 0 and 1")
+
+    def check(self, scheme: Scheme) -> None:
+        if scheme.activation is None:
+            raise ValueError(
+                f"SmoothQuant needs activation bits, the scheme is {scheme}; set e.g. abits=8 or scheme=w8a8"
+            )
+
+    @torch.no_grad()
+    def process(self, block: Block, scheme: Scheme) -> None:
+        links = [
+            link
+            for link in block.family.links
+            if link.source is not None and not isinstance(block[link.source], nn.Linear)
+        ]
+        for link, (x_max,) in block.observe(AbsMax, links=links).items():
+            assert link.source is not None
+            sinks = block.sinks(link)
+            w_max = torch.stack([sink.weight.abs().amax(0) for sink in sinks]).amax(0).to(x_max)
+            s = x_max.clamp(min=1e-5) ** self.alpha / w_max.clamp(min=1e-5) ** (1 - self.alpha)
+            migrate_scale(block[link.source], sinks, s.clamp(min=1e-5))

@@ -1,0 +1,138 @@
+"""`qbench`: read a command, and hand it to the planner or to a sub-command.
+
+Nothing heavy is imported here, so that `--help`, `--cfg job` and completion answer at once.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BAD_INPUT = 2
+
+_QUIET = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_CONFIGURE_LOGGING": "0",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def main() -> None:
+    """Entry point; exits with 0 (done), 2 (bad input), 3 (a job failed) or 130 (interrupted)."""
+    arguments = sys.argv[1:]
+    verbose = bool({"-v", "--verbose"} & set(arguments))
+    arguments = [a for a in arguments if a not in ("-v", "--verbose")]
+    sys.argv[1:] = arguments
+    _silence(verbose)
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            sys.exit(COMMANDS[arguments[0]](arguments[1:]))
+        _run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ValueError as error:
+        print(f"qbench: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _silence(verbose: bool) -> None:
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+        return
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.ERROR)
+
+
+def _run() -> None:
+    """`qbench key=value …` and `qbench -m …`, through Hydra."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qbench.sweep.grid import CONF, Cell, explain, plain
+    from qbench.sweep.study import unfold
+
+    sys.argv[1:] = unfold(sys.argv[1:])
+    # Hydra would print its own report and exit with 1; raise instead, and say it in one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def one(config: DictConfig) -> None:
+        from qbench.sweep.session import run_cells
+
+        algo = HydraConfig.get().runtime.choices["algo"]
+        sys.exit(run_cells([Cell("", plain(config, algo))], is_sweep=False))
+
+    try:
+        one()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+
+
+def _options(arguments: list[str]) -> dict[str, Any]:
+    """`key=value` arguments over the defaults of `conf/config.yaml`, as plain values."""
+    from hydra import compose, initialize_config_dir
+
+    from qbench.sweep.grid import CONF
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        from qbench.sweep.grid import explain
+
+        try:
+            config = compose("config", overrides=arguments)
+            return {key: OmegaConf.to_container(config[key], resolve=True) for key in ("tracker",)} | {
+                "results": Path(config.results)
+            }
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(explain(error)) from error
+
+
+def _tables(arguments: list[str]) -> int:
+    """`qbench tables [results=…]`: the tables of all records, shown and written."""
+    results = _options(arguments)["results"]
+    from rich.console import Console
+
+    from qbench.report.frame import tidy
+    from qbench.report.tables import show, write
+    from qbench.track import RecordStore
+
+    frame = tidy(RecordStore(results).all())
+    if frame.empty:
+        raise ValueError(f"no records under '{results / 'records'}'; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`")
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    show(frame, console)
+    paths = write(frame, results / "tables")
+    console.print(f"\n{len(paths)} files in {results / 'tables'} (CSV, Markdown, LaTeX)", highlight=False)
+    return 0
+
+
+def _sync(arguments: list[str]) -> int:
+    """`qbench sync [results=…] [tracker.uri=…]`: mirror records that MLflow does not hold yet."""
+    options = _options(arguments)
+    from qbench.sweep.session import sync
+    from qbench.sweep.settings import TrackerSettings
+
+    tracker = TrackerSettings(**options["tracker"])
+    print(f"{sync(options['results'], tracker)} records mirrored to {tracker.uri}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"tables": _tables, "sync": _sync}
+

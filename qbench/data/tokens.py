@@ -1,0 +1,63 @@
+"""Text to tokens: calibration samples and evaluation windows."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.data.corpora import Text, load_text
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Seeded random windows of a corpus's calibration split (the recipe of GPTQ's wikitext2).
+
+    Attributes:
+        name: The corpus, or `random` for uniform token ids (a control).
+        n_samples, seq_len: How many windows, of how many tokens.
+        propagate_error: Calibrate a block on the output of the quantized blocks before it.
+    """
+
+    name: str
+    n_samples: int = 128
+    seq_len: int = 2048
+    propagate_error: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("n_samples", "seq_len"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"calib.{key} is {getattr(self, key)}, it must be at least 1")
+
+    def identity(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def tokens(self, tokenizer: Any, root: Path | None = None) -> Tensor:
+        """`(n_samples, seq_len)` tokens; the same for the same fields, tokenizer and text.
+
+        Raises:
+            ValueError: If the corpus is shorter than one window.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.name == "random":
+            return torch.randint(len(tokenizer), (self.n_samples, self.seq_len), generator=generator)
+        row = tokenize(load_text(self.name, "calibration", root), tokenizer)
+        if len(row) < self.n_samples + self.seq_len:
+            raise ValueError(
+                f"calibration set {self.name!r} has {len(row)} tokens, which does not make {self.n_samples} different "
+                f"windows of {self.seq_len}; lower calib.n_samples or calib.seq_len"
+            )
+        starts = torch.randint(len(row) - self.seq_len, (self.n_samples,), generator=generator)
+        return torch.stack([row[start : start + self.seq_len] for start in starts.tolist()])
+
+
+def tokenize(text: Text, tokenizer: Any) -> Tensor:
+    """The whole text in one call of the tokenizer, special tokens as it puts them; `(n_tokens,)`."""
+    return tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def sha256(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,54 @@
+"""Perplexity over the consecutive windows of a text."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qbench.evaluate.result import Evaluation
+
+
+def window_nll(model: Any, tokens: Tensor, seq_len: int, batch_size: int) -> Tensor:
+    """Mean negative log-likelihood (nats) of each window's tokens 2 to `seq_len`, `(n_windows,)`, float64.
+
+    Windows follow one another without overlap; a shorter last one is dropped.
+    """
+    n_windows = len(tokens) // seq_len
+    windows = tokens[: n_windows * seq_len].view(n_windows, seq_len)
+    nll = []
+    with torch.inference_mode():
+        for batch in windows.split(batch_size):
+            ids = batch.to(model.device)
+            logits = model(ids, use_cache=False).logits[:, :-1].float()
+            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            nll.append(losses.double().mean(1).cpu())
+    return torch.cat(nll)
+
+
+def perplexity(
+    model: Any, name: str, tokens: Tensor, *, seq_len: int, max_windows: int | None = None, batch_size: int = 8
+) -> Evaluation:
+    """`exp` of the mean window NLL, the protocol of the GPTQ repository, with its standard error.
+
+    The standard error is that of the mean over windows, carried through `exp` to first order.
+
+    Raises:
+        ValueError: If the text is shorter than two windows.
+        FloatingPointError: If a window's NLL is not finite.
+    """
+    if max_windows is not None:
+        tokens = tokens[: max_windows * seq_len]
+    if len(tokens) < 2 * seq_len:
+        raise ValueError(
+            f"{name} has {len(tokens)} tokens, fewer than two windows of {seq_len}; lower eval.seq_len"
+        )
+    nll = window_nll(model, tokens, seq_len, batch_size)
+    if not torch.isfinite(nll).all():
+        raise FloatingPointError(f"ppl/{name}: {int((~torch.isfinite(nll)).sum())} of {len(nll)} windows are NaN or inf")
+    ppl = math.exp(float(nll.mean()))
+    stderr = float(nll.std() / len(nll) ** 0.5) * ppl
+    key = f"ppl/{name}"
+    samples = [{"metric": key, "item": i, "value": value} for i, value in enumerate(nll.tolist())]
+    return Evaluation({key: ppl, f"{key}_stderr": stderr}, samples)

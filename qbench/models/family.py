@@ -1,0 +1,109 @@
+"""Where things are in a decoder: the only file that knows module names.
+
+A `Link` states that a module's output feeds some linear layers and nothing else. It is what scale
+migration (SmoothQuant, AWQ) acts upon, and its sinks share one input, hence one set of statistics.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Link:
+    """`source` (a norm or a linear layer) feeds `sinks`; names are relative to the block.
+
+    `source` is `None` where nothing that could absorb a scale produces the sinks' input.
+    """
+
+    source: str | None
+    sinks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module names shared by the models of one architecture.
+
+    Attributes:
+        embed, blocks, norm, head: Dotted paths from the model's root.
+        links: The block's links in forward order; their sinks are the layers to quantize.
+        query_key: The linear layers whose outputs meet in a product; clipping leaves them alone.
+    """
+
+    embed: str
+    blocks: str
+    norm: str
+    head: str
+    links: tuple[Link, ...]
+    query_key: tuple[str, ...]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The layers to quantize, in forward order."""
+        return tuple(name for link in self.links for name in link.sinks)
+
+
+LLAMA = Family(
+    embed="model.embed_tokens",
+    blocks="model.layers",
+    norm="model.norm",
+    head="lm_head",
+    links=(
+        Link("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Link("self_attn.v_proj", ("self_attn.o_proj",)),
+        Link("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Link("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+    query_key=("self_attn.q_proj", "self_attn.k_proj"),
+)
+
+OPT = Family(
+    embed="model.decoder.embed_tokens",
+    blocks="model.decoder.layers",
+    norm="model.decoder.final_layer_norm",
+    head="lm_head",
+    links=(
+        Link("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Link("self_attn.v_proj", ("self_attn.out_proj",)),
+        Link("final_layer_norm", ("fc1",)),
+        Link("fc1", ("fc2",)),  # ReLU commutes with a positive scale
+    ),
+    query_key=("self_attn.q_proj", "self_attn.k_proj"),
+)
+
+# opt-350m normalizes after the residual sum, so its norms also feed the residual stream.
+OPT_POST_NORM = replace(
+    OPT, links=tuple(replace(k, source=None) if "norm" in str(k.source) else k for k in OPT.links)
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "opt": OPT,
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """Look up the family of a Hugging Face causal language model.
+
+    Raises:
+        NotImplementedError: If the architecture has no entry in `FAMILIES`, or is a variant of one whose
+            links do not hold.
+    """
+    config = model.config
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise NotImplementedError(
+            f"model_type {kind!r} is not described yet (known: {', '.join(sorted(FAMILIES))}); "
+            "add a Family to qbench/models/family.py"
+        )
+    if kind == "opt":
+        if config.activation_function != "relu":
+            raise NotImplementedError(
+                f"this OPT model has activation {config.activation_function!r}; only 'relu', through which "
+                "scales can be moved, is described in qbench/models/family.py"
+            )
+        return OPT if config.do_layer_norm_before else OPT_POST_NORM
+    return FAMILIES[kind]

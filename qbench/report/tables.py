@@ -1,0 +1,163 @@
+"""Tables: in the terminal, and as CSV, Markdown and LaTeX files."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from qbench.report.frame import tidy
+
+COSTS = {
+    "calib_time_s": "calib s",
+    "eval_time_s": "eval s",
+    "peak_mem_calib_mb": "calib peak MB",
+    "peak_mem_eval_mb": "eval peak MB",
+    "peak_device_mem_calib_mb": "device peak MB",
+}
+_SHOWN = ("calib s", "eval s", "calib peak MB")  # in the terminal; files have all costs
+
+
+def quality_metrics(frame: pd.DataFrame) -> list[str]:
+    """Perplexities, then accuracies, in order of appearance."""
+    names = [str(name) for name in frame["metric"].dropna().unique()]
+    return [n for kind in ("ppl/", "acc/") for n in names if n.startswith(kind)] + [
+        n for n in names if "/" in n and not n.startswith(("ppl/", "acc/"))
+    ]
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """Floating point first, then from many bits to few; algorithms in order of appearance."""
+    order = {algo: i for i, algo in enumerate(dict.fromkeys(frame["algo"]))}
+    keys = frame.assign(
+        _fp=frame["algo"] != "fp", _w=-frame["wbits"], _a=-frame["abits"], _kv=-frame["kvbits"],
+        _algo=frame["algo"].map(order),
+    )  # fmt: skip
+    by = ["model", "_fp", "_w", "_a", "_kv", "scheme", "_algo", "calib", "seed"]
+    return keys.sort_values(by, kind="stable").drop(columns=[c for c in by if c.startswith("_")])
+
+
+def _index(frame: pd.DataFrame) -> list[str]:
+    """Model, scheme and algorithm, and calibration and seed where they tell rows apart."""
+    varies = [c for c in ("calib", "seed") if frame[c].dropna().nunique() > 1]
+    return ["model", "scheme", "algo", *varies]
+
+
+def number(value: float, stderr: float | None = None) -> str:
+    """Value ± standard error, to the digits that the error leaves meaningful."""
+    if pd.isna(value):
+        return ""
+    if stderr is None or pd.isna(stderr):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    digits = 3 if stderr < 0.1 else 2 if stderr < 1 else 1
+    return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def _cell(rows: pd.DataFrame) -> str:
+    row = rows.iloc[0]
+    return number(row["value"], row["stderr"])
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per job: what it was, its size, its metrics with standard errors, its cost, as text."""
+    if frame.empty:
+        return pd.DataFrame()
+    frame = _ordered(frame)
+    index = _index(frame)
+    rows = []
+    for _, job in frame.groupby("fingerprint", sort=False):
+        first = job.iloc[0]
+        row = {key: "" if pd.isna(first[key]) else first[key] for key in index}
+        by_metric = job.dropna(subset=["metric"]).set_index("metric")
+        row["bits"] = number(by_metric["value"].get("bits_per_weight", float("nan")))
+        for name in quality_metrics(frame):
+            row[name] = _cell(by_metric.loc[[name]]) if name in by_metric.index else ""
+        for name, title in COSTS.items():
+            if name in set(frame["metric"]):
+                row[title] = number(by_metric["value"].get(name, float("nan")))
+        if first["status"] == "failed":
+            row[next(iter(quality_metrics(frame)), "result")] = f"failed: {first['reason']}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def by_metric(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Algorithms down, schemes across, as text; what has not been run is left empty, what failed says why."""
+    frame = _ordered(frame)
+    index = [key for key in _index(frame) if key != "scheme"]
+    chosen = frame[(frame["metric"] == metric) | (frame["status"] == "failed")]
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for _, row in chosen.iterrows():
+        key = tuple("" if pd.isna(row[k]) else row[k] for k in index)
+        failed = row["status"] == "failed"
+        cell = f"failed: {row['reason']}" if failed else number(row["value"], row["stderr"])
+        cells.setdefault(key, {})[row["scheme"]] = cell
+    rows = [dict(zip(index, key, strict=True)) | columns for key, columns in cells.items()]
+    schemes = list(dict.fromkeys(chosen["scheme"]))
+    return pd.DataFrame(rows, columns=[*index, *schemes]).fillna("")
+
+
+def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the summary and one table per metric, each as CSV, Markdown and LaTeX."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {"summary": summary(frame)}
+    tables |= {metric.replace("/", "-"): by_metric(frame, metric) for metric in quality_metrics(frame)}
+    writers: dict[str, Callable[[pd.DataFrame], str]] = {
+        "csv": lambda t: t.to_csv(index=False),
+        "md": lambda t: t.to_markdown(index=False, disable_numparse=True) + "\n",
+        "tex": lambda t: t.map(_tex).rename(columns=_tex).to_latex(index=False, escape=False),
+    }
+    paths = []
+    for name, table in tables.items():
+        for suffix, render in writers.items():
+            path = folder / f"{name}.{suffix}"
+            path.write_text(render(table), encoding="utf-8")
+            paths.append(path)
+    return paths
+
+
+def _tex(value: Any) -> str:
+    text = str(value)
+    for plain in "_%&#":
+        text = text.replace(plain, f"\\{plain}")
+    return text.replace("±", "$\\pm$")
+
+
+def show(frame: pd.DataFrame, console: Console) -> None:
+    """The summary, without the costs that are for files only."""
+    table = summary(frame)
+    hidden = [title for title in COSTS.values() if title not in _SHOWN]
+    shown = table.drop(columns=[c for c in hidden if c in table])
+    grid = Table(box=None, header_style="bold", pad_edge=False)
+    for column in shown.columns:
+        is_label = column in ("model", "scheme", "algo", "calib")
+        grid.add_column(str(column), justify="left" if is_label else "right", overflow="fold")
+    for row in shown.itertuples(index=False):
+        grid.add_row(*(str(value) for value in row))
+    console.print(grid)
+
+
+def print_summary(
+    records: Iterable[dict[str, Any]],
+    *,
+    problems: Sequence[tuple[str, str]],
+    ran: int,
+    results: Path,
+    tracker_uri: str | None,
+) -> None:
+    """What a command ends with: the table, what was skipped, where things are, what to type next."""
+    console = Console()
+    records = list(records)
+    failed = sum(record["status"] == "failed" for record in records)
+    if not console.is_terminal:
+        console = Console(width=200)
+    show(tidy(records), console)
+    counts = [f"{ran} run", f"{len(records) - ran} already done"]
+    counts += [f"{failed} failed"] if failed else []
+    counts += [f"{len(problems)} skipped"] if problems else []
+    lines = [", ".join(counts), f"records   {results / 'records'}", f"tables    qbench tables results={results}"]
+    if tracker_uri:
+        lines.append(f"MLflow    mlflow ui --backend-store-uri {tracker_uri}")
+    console.print("\n" + "\n".join(lines), markup=False, highlight=False, soft_wrap=True)

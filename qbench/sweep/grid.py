@@ -1,0 +1,112 @@
+"""Command line to cells: the product of all axes, each cell composed by itself.
+
+A cell that cannot be composed (an unknown choice, a misspelt key) is kept with its problem, so that
+the others can run.
+"""
+
+import difflib
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).parents[1] / "conf"  # as a wheel has it
+if not CONF.is_dir():
+    CONF = Path(__file__).parents[2] / "conf"  # as the repository has it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: a composed config as plain values, or the problem with it.
+
+    Attributes:
+        name: What tells this cell from the others: the values of the swept keys.
+    """
+
+    name: str
+    config: dict[str, Any] | None = None
+    problem: str | None = None
+
+
+def expand(arguments: list[str], loader: Any, master: DictConfig) -> list[Cell]:
+    """Every combination of the swept values, in the order in which they were written."""
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+    axes = [_values(override) for override in parsed]
+    swept = [i for i, values in enumerate(axes) if len(values) > 1]
+    return [
+        _compose(" ".join(point[i] for i in swept), list(point), loader, master)
+        for point in itertools.product(*axes)
+    ]
+
+
+def _values(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    key = override.get_key_element()
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _compose(name: str, overrides: list[str], loader: Any, master: DictConfig) -> Cell:
+    try:
+        config = loader.load_sweep_config(master, overrides)
+        return Cell(name, plain(config, config.hydra.runtime.choices.algo))
+    except (HydraException, OmegaConfBaseException) as error:
+        return Cell(name, problem=explain(error))
+
+
+def plain(config: DictConfig, algo: str) -> dict[str, Any]:
+    """The config as plain values, with the name of the chosen algorithm beside its settings."""
+    # Hydra's own part stays out: it holds interpolations that only Hydra can resolve.
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()} | {"algo_name": algo}
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra: what was written, what is needed, what comes near.
+
+    Hydra spreads its message over several lines and ends with a hint for developers.
+    """
+    text = str(error)
+    if match := re.search(r"Could not find '([\w-]+)/([^']*)'", text):
+        group, choice = match.groups()
+        choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        near = difflib.get_close_matches(choice, choices, n=3, cutoff=0.5)
+        return (
+            f"unknown {group} {choice!r}; "
+            + (f"did you mean {' or '.join(near)}? " if near else "")
+            + f"There are {', '.join(choices)}"
+        )
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
+        return f"unknown key {key!r}; " + _nearest_key(key)
+    if match := re.search(r"Could not find|No match in the defaults list.*?'([^']*)'", text, re.S):
+        return f"unknown group {match[1]!r}; " + _nearest_key(str(match[1]))
+    if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        example = " (for example model.id=facebook/opt-125m)" if match[1] == "model.id" else ""
+        return f"{match[1]} has no value; set {match[1]}=...{example}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+def _nearest_key(key: str) -> str:
+    base = OmegaConf.load(CONF / "config.yaml")
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    keys = [str(k) for k in base if k not in ("defaults", "hydra")] + groups
+    head, _, tail = key.partition(".")
+    if tail and head in groups:
+        inner = {str(k) for path in (CONF / head).glob("*.yaml") for k in OmegaConf.load(path)}
+        near = difflib.get_close_matches(tail, sorted(inner), n=2, cutoff=0.5)
+        return (f"did you mean {' or '.join(f'{head}.{n}' for n in near)}? " if near else "") + (
+            f"{head} has {', '.join(sorted(inner - {'_target_'}))}; write +{key}=... to add a key"
+        )
+    near = difflib.get_close_matches(head, keys, n=2, cutoff=0.5)
+    return (f"did you mean {' or '.join(near)}? " if near else "") + f"there are {', '.join(sorted(keys))}"

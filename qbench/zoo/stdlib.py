@@ -1,0 +1,164 @@
+"""Two corpora that every user has: the Python standard library's prose and its source.
+
+`stdlib_docs` is the English prose of docstrings (and of `pydoc`'s help topics), `stdlib_code` the
+source with its docstrings taken out. Both are read from the library of the running interpreter, so
+they differ a little between Python versions: `Corpus.sha256` is what a record keeps.
+
+A module belongs to one split, chosen by a hash of its name. Test text is settled first; whatever
+nearly repeats it is then removed from calibration, and whatever repeats either from train.
+"""
+
+import ast
+import hashlib
+import inspect
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["test", "calibration", "train"]
+SPLITS: tuple[Split, ...] = ("test", "calibration", "train")
+NAMES = ("stdlib_docs", "stdlib_code")
+
+# Tests are not documentation, `encodings` is tables, and the rest depends on the build.
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
+# Some distributions package these apart, so they may not decide what the test text is.
+_TRAIN_ONLY = {
+    "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtle", "turtledemo", "venv",
+}  # fmt: skip
+_SHARE = {"test": 0.13, "calibration": 0.16}
+_SALT = "m"  # packages are few and large: with this salt the shares of text come near those of names
+_SHINGLE = 8  # words; a text is a near-duplicate when half of its shingles were seen before
+_REPEATED = 0.5
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text of one split, in documents.
+
+    Attributes:
+        documents: `(module name, text)` in the order of the names.
+    """
+
+    name: str
+    split: Split
+    documents: tuple[tuple[str, str], ...]
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(text for _, text in self.documents)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@cache
+def load(name: str, split: Split) -> Corpus:
+    """Read one split of `stdlib_docs` or `stdlib_code`.
+
+    Raises:
+        FileNotFoundError: If this interpreter's standard library is not there as source files.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown corpus {name!r}; the embedded ones are {', '.join(NAMES)}")
+    return Corpus(name, split, _documents(name, split))
+
+
+@cache
+def _documents(name: str, split: Split) -> tuple[tuple[str, str], ...]:
+    units = _prose if name == "stdlib_docs" else _code
+    seen = {shingle for earlier in _earlier(split) for _, text in _documents(name, earlier) for shingle in _shingles(text)}
+    documents = []
+    for module, path in _modules():
+        if _split_of(module) != split:
+            continue
+        kept = []
+        for unit in units(path.read_text(encoding="utf-8"), module):
+            shingles = _shingles(unit)
+            if len(shingles & seen) <= _REPEATED * len(shingles):
+                kept.append(unit)
+            seen |= shingles
+        if kept:
+            documents.append((module, "\n\n".join(kept)))
+    return tuple(documents)
+
+
+def _earlier(split: Split) -> tuple[Split, ...]:
+    return SPLITS[: SPLITS.index(split)]
+
+
+@cache
+def _modules() -> tuple[tuple[str, Path], ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _LEFT_OUT.isdisjoint(parts) and not parts[0].startswith(("_sysconfigdata", "config-")):
+            found.append((".".join(parts).removesuffix(".__init__"), path))
+    if len(found) < 100:
+        raise FileNotFoundError(
+            f"the standard library has {len(found)} source files under {root}, hundreds are needed for the "
+            "embedded corpora; use an interpreter installed with its .py files, or another corpus"
+        )
+    return tuple(sorted(found))
+
+
+def _split_of(module: str) -> Split:
+    package = module.split(".")[0]  # whole packages, since their modules share vocabulary and text
+    if package in _TRAIN_ONLY:
+        return "train"
+    draw = int.from_bytes(hashlib.sha256(f"{_SALT}{package}".encode()).digest()[:4], "big") / 2**32
+    if draw < _SHARE["test"]:
+        return "test"
+    return "calibration" if draw < _SHARE["test"] + _SHARE["calibration"] else "train"
+
+
+def _shingles(text: str) -> set[str]:
+    words = re.findall(r"\w+", text.lower())
+    count = max(1, len(words) - _SHINGLE + 1)
+    return {" ".join(words[i : i + _SHINGLE]) for i in range(count)}
+
+
+def _prose(source: str, module: str) -> list[str]:
+    tree = ast.parse(source)
+    texts = [ast.get_docstring(node, clean=True) or "" for node in ast.walk(tree) if _has_docstring(node)]
+    if module == "pydoc_data.topics":
+        texts = [inspect.cleandoc(n.value) for n in ast.walk(tree) if _is_text(n)]
+    return [p for text in texts for p in _paragraphs(text)]
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 200
+
+
+def _paragraphs(docstring: str) -> Iterator[str]:
+    """The paragraphs that read as English, each on one line."""
+    for block in re.split(r"\n\s*\n", docstring):
+        text = " ".join(block.split())
+        letters = sum(c.isalpha() or c == " " for c in text)
+        is_example = ">>>" in text or "..." in text[:4]
+        if not is_example and len(text.split()) >= 4 and letters >= 0.85 * len(text):
+            yield text
+
+
+def _code(source: str, module: str) -> list[str]:
+    """The source without docstrings, in pieces that begin at the left margin after a blank line."""
+    if module == "pydoc_data.topics":
+        return []
+    lines: list[str | None] = list(source.splitlines())
+    for node in ast.walk(ast.parse(source)):
+        if _has_docstring(node) and ast.get_docstring(node, clean=False) is not None:
+            first = node.body[0]  # type: ignore[attr-defined]
+            if first.end_lineno == first.lineno or source.splitlines()[first.lineno - 1].strip()[:1] in "rRuU\"'":
+                lines[first.lineno - 1 : first.end_lineno] = [None] * (first.end_lineno - first.lineno + 1)
+    text = "\n".join(line.rstrip() for line in lines if line is not None)
+    pieces = re.split(r"\n\n+(?=[^\s)\]}])", text)
+    return [piece.strip("\n") for piece in pieces if len(piece.split()) >= 4]

@@ -1,0 +1,79 @@
+"""Tiny random models: every law must hold on CPU, offline, in seconds."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "0")
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+LLAMA = COMMON | {"intermediate_size": 112, "num_key_value_heads": 4}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**LLAMA),
+    "llama-gqa-tied": LlamaConfig(**LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "mistral-window": MistralConfig(**LLAMA | {"num_key_value_heads": 2, "sliding_window": 8}),
+    "qwen2": Qwen2Config(**LLAMA),
+    "qwen3": Qwen3Config(**LLAMA, head_dim=12),
+    "opt": OPTConfig(**COMMON, ffn_dim=112, word_embed_proj_dim=48),
+    "opt-post-norm": OPTConfig(**COMMON, ffn_dim=112, word_embed_proj_dim=48, do_layer_norm_before=False),
+}
+
+
+def random_model(name: str) -> nn.Module:
+    """A random model with outlier channels, in float64 so that laws hold to rounding error."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa").double().eval()
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            if "norm" in parameter_name and parameter_name.endswith("weight"):
+                p.copy_(0.5 + torch.rand_like(p) * 1.5)
+                p.view(-1)[::13] *= 8.0
+            elif "bias" in parameter_name:
+                p.normal_(std=0.1)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return random_model(request.param)
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    return random_model("llama")
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real data sets that lie beside the repository on some machines."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data sets are not at {SHARED_DATA.relative_to(ROOT.parent)} beside the repository")
+    return SHARED_DATA

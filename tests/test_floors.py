@@ -1,0 +1,54 @@
+"""The house has floors: a module imports only from its own floor or floors below."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qbench"
+FLOORS = [
+    "quant", "zoo", "data", "models", "calib", "algorithms", "engine", "deploy", "evaluate", "job", "track",
+    "report", "sweep", "cli", "__main__",
+]  # fmt: skip
+ONLY_IN = {
+    "hydra": {"cli", "sweep"},
+    "omegaconf": {"cli", "sweep"},
+    "mlflow": {"track"},
+    "pandas": {"report"},
+    "matplotlib": {"report"},
+    "transformers": {"models", "zoo"},
+    "lm_eval": {"evaluate"},
+    "rich": {"cli", "sweep", "report"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def floor_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    here = floor_of(path)
+    if here == "__init__":
+        assert not imports(path)
+        return
+    for name in imports(path):
+        root, *rest = name.split(".")
+        assert here in ONLY_IN.get(root, {here}), f"{here!r} may not import {root}"
+        if root == "qbench":
+            assert FLOORS.index(rest[0]) <= FLOORS.index(here), f"{here!r} imports {name} from above"
+
+
+def test_the_command_line_starts_without_heavy_libraries():
+    heavy = {"torch", "transformers", "mlflow", "lm_eval", "pandas", "datasets", "pydantic"}
+    tree = ast.parse((PACKAGE / "cli.py").read_text())
+    top = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
+    top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in top} & (heavy | {"hydra", "qbench"})
