@@ -21,6 +21,7 @@ class QbenchSweeper(Sweeper):
         from qbench.sweep.grid import expand
         from qbench.sweep.session import run_cells
 
-        assert self.hydra_context is not None and self.config is not None
+        assert self.hydra_context is not None
+        assert self.config is not None
         cells = expand(arguments, self.hydra_context.config_loader, self.config)
         sys.exit(run_cells(cells, is_sweep=True))  # Hydra hands nobody what a sweep returns

@@ -115,7 +115,9 @@ def _tables(arguments: list[str]) -> int:
 
     frame = tidy(RecordStore(results).all())
     if frame.empty:
-        raise ValueError(f"no records under '{results / 'records'}'; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`")
+        raise ValueError(
+            f"no records under '{results / 'records'}'; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
+        )
     console = Console() if sys.stdout.isatty() else Console(width=200)
     show(frame, console)
     paths = write(frame, results / "tables")
@@ -135,4 +137,3 @@ def _sync(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"tables": _tables, "sync": _sync}
-

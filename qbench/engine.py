@@ -18,7 +18,9 @@ from qbench.quant.scheme import QuantSpec, Scheme
 
 def needs_data(algorithm: Algorithm, scheme: Scheme) -> bool:
     """Whether calibration data can change the result: for the algorithm, or for static activation ranges."""
-    return algorithm.needs_data or (scheme.activation is not None and scheme.activation.granularity == "tensor")
+    return algorithm.needs_data or (
+        scheme.activation is not None and scheme.activation.granularity == "tensor"
+    )
 
 
 def quantize(
@@ -52,7 +54,9 @@ def quantize(
     if algorithm.kind != "round":
         raise ValueError(f"{type(algorithm).__name__} rounds nothing; end the pipeline with a rounder")
     if needs_data(algorithm, scheme) and tokens is None:
-        raise ValueError(f"{type(algorithm).__name__} with {scheme} needs calibration tokens; choose a calib set")
+        raise ValueError(
+            f"{type(algorithm).__name__} with {scheme} needs calibration tokens; choose a calib set"
+        )
     algorithm.check(scheme)
 
     device, family, errors = torch.device(device), family_of(model), []

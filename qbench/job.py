@@ -27,7 +27,7 @@ from qbench.algorithms.base import Algorithm
 from qbench.data.corpora import load_text
 from qbench.data.tokens import CalibrationSet, sha256
 from qbench.deploy.size import size_metrics
-from qbench.engine import needs_data, quantize
+from qbench.engine import quantize
 from qbench.evaluate.plan import EvalPlan
 from qbench.evaluate.result import Evaluation
 from qbench.models.load import ModelRef, check_fit
@@ -99,12 +99,24 @@ class Job:
         """
         self.algorithm.check(self.scheme)
         if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device} was asked for, this torch sees no CUDA device; use device=cpu")
+            raise ValueError(
+                f"device={self.device} was asked for, this torch sees no CUDA device; use device=cpu"
+            )
         check_fit(skeleton(self.model), self.scheme)
+        self._check_lengths(getattr(skeleton(self.model).config, "max_position_embeddings", None))
         for name in self.evaluation.ppl:
             load_text(name, "test", self.data_root)
         if self.calib is not None:
             calibration_tokens(self.model, self.calib, self.data_root)
+
+    def _check_lengths(self, most: int | None) -> None:
+        lengths = {"eval.seq_len": self.evaluation.seq_len} if self.evaluation.ppl else {}
+        lengths |= {"calib.seq_len": self.calib.seq_len} if self.calib else {}
+        for key, length in lengths.items():
+            if most is not None and length > most:
+                raise ValueError(
+                    f"{key} is {length}, {self.model.name} reads at most {most} tokens; lower {key}"
+                )
 
 
 # What jobs in one process share. Each is built once and never changed.

@@ -48,7 +48,9 @@ class RecordStore:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise ValueError(f"results folder {str(self.root)!r} cannot be written ({error.strerror}); set results=") from error
+            raise ValueError(
+                f"results folder {str(self.root)!r} cannot be written ({error.strerror}); set results="
+            ) from error
 
     def path(self, fingerprint: str) -> Path:
         return self.records / fingerprint
@@ -64,7 +66,9 @@ class RecordStore:
     def all(self) -> Iterator[Record]:
         """Every record, in the order in which jobs began."""
         paths = self.records.glob("[!.]*/record.json")
-        return iter(sorted((json.loads(p.read_text()) for p in paths), key=lambda r: (r["started"], r["fingerprint"])))
+        return iter(
+            sorted((json.loads(p.read_text()) for p in paths), key=lambda r: (r["started"], r["fingerprint"]))
+        )
 
     def write(self, record: Record, samples: list[dict[str, Any]]) -> Path:
         """Keep a record; it takes the place of an earlier one of the same job."""
@@ -97,7 +101,9 @@ class RecordStore:
         path = self.root / "sweeps" / f"{id_}.json"
         if not path.exists():
             draft = path.with_suffix(f".tmp{os.getpid()}")
-            draft.write_text(json.dumps({"id": id_, "command": command, "jobs": wanted, "started": time.time()}))
+            draft.write_text(
+                json.dumps({"id": id_, "command": command, "jobs": wanted, "started": time.time()})
+            )
             draft.replace(path)
         return id_
 
@@ -126,7 +132,9 @@ class MLflowMirror:
             self._experiment = found.experiment_id
         else:
             # Only a local database needs to be told where artefacts go; a server has its own place.
-            local = (store.root / "mlflow-artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
+            local = (
+                (store.root / "mlflow-artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
+            )
             self._experiment = self._client.create_experiment(experiment, artifact_location=local)
         self._parents = self._tagged("qbench.sweep_parent")
         self._children = self._tagged("qbench.fingerprint")
@@ -188,7 +196,9 @@ class MLflowMirror:
 
     def _parent(self, sweep: str) -> str:
         if sweep not in self._parents:
-            about = self._store.sweeps().get(sweep, {"command": "unknown", "started": time.time(), "jobs": []})
+            about = self._store.sweeps().get(
+                sweep, {"command": "unknown", "started": time.time(), "jobs": []}
+            )
             tags = {"qbench.sweep_parent": sweep, "mlflow.source.name": about["command"]}
             run = self._client.create_run(
                 self._experiment, start_time=int(about["started"] * 1000), tags=tags,
@@ -198,8 +208,6 @@ class MLflowMirror:
         return self._parents[sweep][0]
 
     def _log(self, run_id: str, record: Record) -> None:
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.data.http_dataset_source import HTTPDatasetSource
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
         at = _milliseconds(record["finished"])

@@ -7,7 +7,7 @@ from qbench.algorithms.awq import AWQClip, AWQScale
 from qbench.quant.scheme import QuantSpec
 
 from .reference import awq as reference
-from .test_gptq import N, SIZE, problem
+from .test_gptq import SIZE, N, problem
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

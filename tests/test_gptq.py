@@ -27,7 +27,11 @@ def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("block_size", [1, 8, 13, 128])
 @pytest.mark.parametrize(
     ("bits", "size", "act_order", "static_groups"),
-    [c for c in itertools.product([2, 3, 4], [SIZE, N], [False, True], [False, True]) if c[3] or not c[2] or c[1] == N],
+    [
+        c
+        for c in itertools.product([2, 3, 4], [SIZE, N], [False, True], [False, True])
+        if c[3] or not c[2] or c[1] == N
+    ],
 )
 def test_gptq_equals_the_naive_algorithm(bits, size, act_order, static_groups, block_size):
     w, x = problem()
@@ -44,7 +48,8 @@ def test_gptq_beats_rounding_to_nearest_on_its_objective():
     w, x = problem()
     spec = QuantSpec(3, granularity="group", group_size=SIZE)
     error = [
-        ((q - w) @ x.T).square().sum() for q in (GPTQ().round(w, x.T @ x / len(x), spec), fake_quantize(w, spec))
+        ((q - w) @ x.T).square().sum()
+        for q in (GPTQ().round(w, x.T @ x / len(x), spec), fake_quantize(w, spec))
     ]
     assert error[0] < 0.7 * error[1]
 
@@ -59,7 +64,7 @@ def test_channels_that_are_never_active_become_zero():
 
 def test_a_hessian_that_is_not_positive_definite_is_refused():
     gram = -torch.eye(N, dtype=torch.float64)
-    with pytest.raises(torch.linalg.LinAlgError, match="raise algo.damp"):
+    with pytest.raises(torch.linalg.LinAlgError, match=r"raise algo\.damp"):
         GPTQ().round(torch.randn(4, N, dtype=torch.float64), gram, QuantSpec(4))
 
 

@@ -49,7 +49,9 @@ class AWQScale(Algorithm):
         for link, (gram, mean) in block.observe(Gram, AbsMean, links=links).items():
             assert link.source is not None
             weight = torch.cat([sink.weight for sink in block.sinks(link)]).to(gram)
-            migrate_scale(block[link.source], block.sinks(link), self.search(weight, gram, mean, scheme.weight))
+            migrate_scale(
+                block[link.source], block.sinks(link), self.search(weight, gram, mean, scheme.weight)
+            )
 
     def search(self, w: Tensor, gram: Tensor, mean: Tensor, spec: QuantSpec) -> Tensor:
         """The best scales for `w`, `(out, in)`, shape `(in,)`."""

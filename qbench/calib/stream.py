@@ -143,7 +143,9 @@ def first_inputs(
 
     def stub(index: int) -> Callable[..., Tensor]:
         def forward(h: Tensor, *args: Any, **kw: Any) -> Tensor:
-            assert not args, f"block {index} is called with {len(args)} unnamed arguments besides the hidden states"
+            assert not args, (
+                f"block {index} is called with {len(args)} unnamed arguments besides the hidden states"
+            )
             if index == 0:
                 hidden.append(h.cpu())
             kwargs[index] = kw

@@ -92,8 +92,9 @@ def load_text(name: str, use: Use, root: Path | None = None) -> Text:
     source = SOURCES[name]
     if root is not None and plain_file(name, use, root).is_file():
         path = plain_file(name, use, root)
-        rows = [json.loads(line)[source.field] for line in path.read_text(encoding="utf-8").splitlines()]
-        return Text(name, use, source.join.join(rows), f"file {path.name}")
+        with path.open(encoding="utf-8") as lines:  # not splitlines(): it also cuts at U+2028 inside a string
+            text = source.join.join(json.loads(line)[source.field] for line in lines)
+        return Text(name, use, text, f"file {path.name}")
     rows, origin = _hub_rows(name, use, root)
     return Text(name, use, source.join.join(rows), origin)
 
@@ -109,7 +110,11 @@ def _hub_rows(name: str, use: Use, root: Path | None) -> tuple[Sequence[str], st
             place, source.config, data_files=source.data_files, split=source.splits[use]
         )
     except Exception as error:  # the library raises its own kinds for a hub out of reach, and plain ones
-        looked = f"{plain_file(name, use, root)} (one JSON object a line, field {source.field!r}), {local}, " if root else ""
+        looked = (
+            f"{plain_file(name, use, root)} (one JSON object a line, field {source.field!r}), {local}, "
+            if root
+            else ""
+        )
         raise FileNotFoundError(
             f"corpus {name!r} ({use}) was not found: looked for {looked}the local hub cache and "
             f"{source.hub_id} on the hub ({type(error).__name__}: {str(error).splitlines()[0]}); set data.root to "

@@ -46,7 +46,8 @@ def check_names(names: tuple[str, ...]) -> None:
         if name not in EMBEDDED and name not in (stock := _manager().all_tasks):
             near = difflib.get_close_matches(name, [*EMBEDDED, *stock], n=3)
             raise ValueError(
-                f"unknown task {name!r}; " + (f"nearest are {', '.join(near)}" if near else "see `lm_eval ls tasks`")
+                f"unknown task {name!r}; "
+                + (f"nearest are {', '.join(near)}" if near else "see `lm_eval ls tasks`")
             )
 
 

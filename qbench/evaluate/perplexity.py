@@ -28,7 +28,13 @@ def window_nll(model: Any, tokens: Tensor, seq_len: int, batch_size: int) -> Ten
 
 
 def perplexity(
-    model: Any, name: str, tokens: Tensor, *, seq_len: int, max_windows: int | None = None, batch_size: int = 8
+    model: Any,
+    name: str,
+    tokens: Tensor,
+    *,
+    seq_len: int,
+    max_windows: int | None = None,
+    batch_size: int = 8,
 ) -> Evaluation:
     """`exp` of the mean window NLL, the protocol of the GPTQ repository, with its standard error.
 
@@ -46,7 +52,9 @@ def perplexity(
         )
     nll = window_nll(model, tokens, seq_len, batch_size)
     if not torch.isfinite(nll).all():
-        raise FloatingPointError(f"ppl/{name}: {int((~torch.isfinite(nll)).sum())} of {len(nll)} windows are NaN or inf")
+        raise FloatingPointError(
+            f"ppl/{name}: {int((~torch.isfinite(nll)).sum())} of {len(nll)} windows are NaN or inf"
+        )
     ppl = math.exp(float(nll.mean()))
     stderr = float(nll.std() / len(nll) ** 0.5) * ppl
     key = f"ppl/{name}"

@@ -56,6 +56,11 @@ class EvalPlan:
         for name in self.ppl:
             tokens = tokenize(load_text(name, "test", root), tokenizer)
             result += perplexity(
-                model, name, tokens, seq_len=self.seq_len, max_windows=self.max_windows, batch_size=self.batch_size
+                model,
+                name,
+                tokens,
+                seq_len=self.seq_len,
+                max_windows=self.max_windows,
+                batch_size=self.batch_size,
             )
         return result + accuracy(model, tokenizer, self.tasks, limit=self.limit, batch_size=self.batch_size)

@@ -105,7 +105,10 @@ class ModelRef:
     def load(self) -> Any:
         """The model on the CPU, in evaluation mode."""
         model = AutoModelForCausalLM.from_pretrained(
-            **self._source, dtype=getattr(torch, self.dtype), attn_implementation=self.attn, use_safetensors=True
+            **self._source,
+            dtype=getattr(torch, self.dtype),
+            attn_implementation=self.attn,
+            use_safetensors=True,
         )
         return model.eval().requires_grad_(False)
 

@@ -31,9 +31,7 @@ def migrate_scale(source: nn.Module, sinks: list[nn.Linear], s: Tensor) -> None:
     """
     weight = source.get_parameter("weight")
     if weight.shape[0] != s.numel():
-        raise ValueError(
-            f"{s.numel()} scales do not fit a source with {weight.shape[0]} output channels"
-        )
+        raise ValueError(f"{s.numel()} scales do not fit a source with {weight.shape[0]} output channels")
     scale_rows(source, 1.0 / s)
     for sink in sinks:
         scale_columns(sink, s)

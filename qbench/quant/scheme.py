@@ -41,7 +41,9 @@ class QuantSpec:
                 f"granularity={self.granularity!r} and group_size={self.group_size}"
             )
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size is {self.group_size}, it must be positive; -1 means one group per row")
+            raise ValueError(
+                f"group_size is {self.group_size}, it must be positive; -1 means one group per row"
+            )
 
     @property
     def qmin(self) -> int:
@@ -53,7 +55,9 @@ class QuantSpec:
 
     def bits_per_element(self, rows: int, columns: int) -> float:
         """Stored bits per element of a `(rows, columns)` tensor: codes, float16 scales and zero-points."""
-        groups = {"tensor": 1, "row": rows, "group": rows * columns // (self.group_size or 1)}[self.granularity]
+        groups = {"tensor": 1, "row": rows, "group": rows * columns // (self.group_size or 1)}[
+            self.granularity
+        ]
         per_group = SCALE_BITS + (0 if self.symmetric else self.bits)
         return self.bits + groups * per_group / (rows * columns)
 

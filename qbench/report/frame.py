@@ -15,7 +15,11 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """
     rows = []
     for record in records:
-        common = {"fingerprint": record["fingerprint"], "status": record["status"], "reason": record.get("reason")}
+        common = {
+            "fingerprint": record["fingerprint"],
+            "status": record["status"],
+            "reason": record.get("reason"),
+        }
         common |= {label: record["labels"].get(label) for label in LABELS}
         metrics = record["metrics"]
         named = [name for name in metrics if not name.endswith("_stderr")]

@@ -157,7 +157,11 @@ def print_summary(
     counts = [f"{ran} run", f"{len(records) - ran} already done"]
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{len(problems)} skipped"] if problems else []
-    lines = [", ".join(counts), f"records   {results / 'records'}", f"tables    qbench tables results={results}"]
+    lines = [
+        ", ".join(counts),
+        f"records   {results / 'records'}",
+        f"tables    qbench tables results={results}",
+    ]
     if tracker_uri:
         lines.append(f"MLflow    mlflow ui --backend-store-uri {tracker_uri}")
     console.print("\n" + "\n".join(lines), markup=False, highlight=False, soft_wrap=True)

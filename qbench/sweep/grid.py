@@ -90,6 +90,8 @@ def explain(error: Exception) -> str:
         return f"unknown key {key!r}; " + _nearest_key(key)
     if match := re.search(r"Could not find|No match in the defaults list.*?'([^']*)'", text, re.S):
         return f"unknown group {match[1]!r}; " + _nearest_key(str(match[1]))
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]} has several values; a grid is written `qbench -m {match[1]}`"
     if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
         example = " (for example model.id=facebook/opt-125m)" if match[1] == "model.id" else ""
         return f"{match[1]} has no value; set {match[1]}=...{example}"

@@ -29,7 +29,9 @@ class Progress:
         self._bars.start()
         if self._done:
             todo = self._total - self._done
-            self._say(f"{self._done} of {self._total} jobs are recorded already, {todo or 'none'} left to run")
+            self._say(
+                f"{self._done} of {self._total} jobs are recorded already, {todo or 'none'} left to run"
+            )
         return self
 
     def __exit__(
@@ -37,7 +39,9 @@ class Progress:
     ) -> None:
         self._bars.stop()
         if kind is KeyboardInterrupt:
-            self._say(f"stopped after {self._done} of {self._total} jobs; the same command takes up from here")
+            self._say(
+                f"stopped after {self._done} of {self._total} jobs; the same command takes up from here"
+            )
 
     @contextmanager
     def job(self, title: str) -> Iterator[Reporter]:
@@ -70,7 +74,9 @@ class Progress:
             self._say(f"[{self._done}/{self._total}] {title}: failed, {record['reason']}")
             return
         metrics = record["metrics"]
-        shown = [f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith(("ppl/", "acc/")) and "stderr" not in k]
+        shown = [
+            f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith(("ppl/", "acc/")) and "stderr" not in k
+        ]
         seconds = sum(metrics[f"{name}_time_s"] for name in ("load", "calib", "eval"))
         self._say(f"[{self._done}/{self._total}] {title}: {', '.join(shown)} ({seconds:.1f} s)")
 

@@ -119,9 +119,13 @@ def _open_mirror(tracker: TrackerSettings, store: RecordStore) -> MLflowMirror |
     try:
         return MLflowMirror(tracker.uri, tracker.experiment, store)
     except ModuleNotFoundError:
-        _complain("MLflow is not installed: records are kept, nothing is mirrored (tracker=none says so on purpose)")
+        _complain(
+            "MLflow is not installed: records are kept, nothing is mirrored (tracker=none says so on purpose)"
+        )
     except Exception as error:  # whatever the tracking server's trouble is, the sweep goes on
-        _complain(f"MLflow at {tracker.uri} is out of reach ({_first_line(error)}); `qbench sync` mirrors later")
+        _complain(
+            f"MLflow at {tracker.uri} is out of reach ({_first_line(error)}); `qbench sync` mirrors later"
+        )
     return None
 
 
@@ -146,7 +150,9 @@ def sync(results: Path, tracker: TrackerSettings) -> int:
     store = RecordStore(results)
     records = list(store.all())
     if not records:
-        raise ValueError(f"no records under {str(store.records)!r}; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`")
+        raise ValueError(
+            f"no records under {str(store.records)!r}; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
+        )
     if tracker.uri is None:
         raise ValueError("tracker=none has nowhere to mirror to; use tracker=mlflow or set tracker.uri=")
     mirror = MLflowMirror(tracker.uri, tracker.experiment, store)

@@ -118,15 +118,26 @@ class Settings(_Strict):
         if needs_data(algorithm, scheme):
             if self.calib.name not in (*known(), "random"):
                 near = difflib.get_close_matches(self.calib.name, known(), n=1)
-                raise ValueError(f"calib.name is {self.calib.name!r}, known are {', '.join([*known(), 'random'])}"
-                                 + (f"; did you mean {near[0]}?" if near else ""))
+                raise ValueError(
+                    f"calib.name is {self.calib.name!r}, known are {', '.join([*known(), 'random'])}"
+                    + (f"; did you mean {near[0]}?" if near else "")
+                )
             calib = CalibrationSet(**self.calib.model_dump(), seed=self.seed)
         evaluation = self.eval.model_dump() | {"ppl": tuple(self.eval.ppl), "tasks": tuple(self.eval.tasks)}
         job = Job(
-            self._model(), self.algo_name, algorithm, scheme, calib, EvalPlan(**evaluation), self.device, self.data.root
+            self._model(),
+            self.algo_name,
+            algorithm,
+            scheme,
+            calib,
+            EvalPlan(**evaluation),
+            self.device,
+            self.data.root,
         )
         if scheme.is_float and not isinstance(algorithm, FloatingPoint):
-            raise ValueError(f"algo={self.algo_name} has nothing to quantize at w16a16; set wbits, abits or kvbits, or algo=fp")
+            raise ValueError(
+                f"algo={self.algo_name} has nothing to quantize at w16a16; set wbits, abits or kvbits, or algo=fp"
+            )
         return job
 
     def floating_point(self) -> Job:
@@ -136,7 +147,9 @@ class Settings(_Strict):
 
     def _model(self) -> ModelRef:
         model = self.model.model_dump()
-        if model["dtype"] == "auto":  # CPUs are exact and no slower in float32; accelerators want half precision
+        if (
+            model["dtype"] == "auto"
+        ):  # CPUs are exact and no slower in float32; accelerators want half precision
             model["dtype"] = "float32" if self.device == "cpu" else "bfloat16"
         return ModelRef(**model)
 

@@ -33,6 +33,7 @@ _SHARE = {"test": 0.13, "calibration": 0.16}
 _SALT = "m"  # packages are few and large: with this salt the shares of text come near those of names
 _SHINGLE = 8  # words; a text is a near-duplicate when half of its shingles were seen before
 _REPEATED = 0.5
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ def load(name: str, split: Split) -> Corpus:
 @cache
 def _documents(name: str, split: Split) -> tuple[tuple[str, str], ...]:
     units = _prose if name == "stdlib_docs" else _code
-    seen = {shingle for earlier in _earlier(split) for _, text in _documents(name, earlier) for shingle in _shingles(text)}
+    seen = {
+        shingle
+        for earlier in _earlier(split)
+        for _, text in _documents(name, earlier)
+        for shingle in _shingles(text)
+    }
     documents = []
     for module, path in _modules():
         if _split_of(module) != split:
@@ -125,18 +131,15 @@ def _shingles(text: str) -> set[str]:
 
 def _prose(source: str, module: str) -> list[str]:
     tree = ast.parse(source)
-    texts = [ast.get_docstring(node, clean=True) or "" for node in ast.walk(tree) if _has_docstring(node)]
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
     if module == "pydoc_data.topics":
-        texts = [inspect.cleandoc(n.value) for n in ast.walk(tree) if _is_text(n)]
+        texts = _help_topics(tree)
     return [p for text in texts for p in _paragraphs(text)]
 
 
-def _has_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-
-
-def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 200
+def _help_topics(tree: ast.Module) -> list[str]:
+    strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return [inspect.cleandoc(text) for text in strings if len(text) > 200]
 
 
 def _paragraphs(docstring: str) -> Iterator[str]:
@@ -153,12 +156,13 @@ def _code(source: str, module: str) -> list[str]:
     """The source without docstrings, in pieces that begin at the left margin after a blank line."""
     if module == "pydoc_data.topics":
         return []
-    lines: list[str | None] = list(source.splitlines())
+    lines: list[str | None] = list(source.split("\n"))  # as ast counts them; splitlines() also ends at form feeds
     for node in ast.walk(ast.parse(source)):
-        if _has_docstring(node) and ast.get_docstring(node, clean=False) is not None:
-            first = node.body[0]  # type: ignore[attr-defined]
-            if first.end_lineno == first.lineno or source.splitlines()[first.lineno - 1].strip()[:1] in "rRuU\"'":
-                lines[first.lineno - 1 : first.end_lineno] = [None] * (first.end_lineno - first.lineno + 1)
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno - 1, node.body[0].end_lineno
+            assert last is not None
+            if last > first + 1 or str(lines[first]).lstrip()[:1] in ("r", "R", "u", "U", '"', "'"):
+                lines[first:last] = [None] * (last - first)
     text = "\n".join(line.rstrip() for line in lines if line is not None)
     pieces = re.split(r"\n\n+(?=[^\s)\]}])", text)
     return [piece.strip("\n") for piece in pieces if len(piece.split()) >= 4]

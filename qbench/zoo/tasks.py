@@ -30,7 +30,7 @@ def cloze(n: int = 160, seed: int = 0) -> list[dict[str, Any]]:
         others = [w for m, w in passages if m.split(".")[0] != module.split(".")[0]]
         wrong = [" ".join(w[_WORDS : 2 * _WORDS]) for w in rng.sample(others, 3)]
         label = rng.randrange(4)
-        choices = wrong[:label] + [" ".join(words[_WORDS : 2 * _WORDS])] + wrong[label:]
+        choices = [*wrong[:label], " ".join(words[_WORDS : 2 * _WORDS]), *wrong[label:]]
         context = " ".join(words[:_WORDS])
         items.append({"context": context, "choices": choices, "label": label, "module": module})
     return items

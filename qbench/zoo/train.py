@@ -64,7 +64,9 @@ def config_of(name: str) -> PreTrainedConfig:
     common: dict[str, Any] = dict(
         vocab_size=VOCAB, max_position_embeddings=SEQ_LEN, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
-    llama: dict[str, Any] = common | dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    llama: dict[str, Any] = common | dict(
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
+    )
     if name == "micro-llama":
         return LlamaConfig(hidden_size=256, intermediate_size=640, num_hidden_layers=6, **llama)
     if name == "nano-llama":
@@ -82,7 +84,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     docs, code = (stdlib.load(name, "train").text for name in stdlib.NAMES)
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        (docs + code[: len(docs)]).split("\n\n"), VOCAB, min_frequency=2, special_tokens=[END], show_progress=False
+        (docs + code[: len(docs)]).split("\n\n"),
+        VOCAB,
+        min_frequency=2,
+        special_tokens=[END],
+        show_progress=False,
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(bpe.to_str()),
@@ -142,9 +148,23 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def train(
-    name: str, work: Path, out: Path, *, steps: int | None = None, compiled: bool = False, log_every: int = 100
+    name: str,
+    work: Path,
+    out: Path,
+    *,
+    steps: int | None = None,
+    compiled: bool = False,
+    log_every: int = 100,
+    stop_after: int | None = None,
 ) -> None:
-    """Train one model, or take up its training where `work` holds a checkpoint; save it under `out`."""
+    """Train one model, or take up its training where `work` holds a checkpoint; save it under `out`.
+
+    Args:
+        steps: Instead of the recipe's.
+        compiled: Fuse the model with `torch.compile`.
+        log_every: Steps between checkpoints.
+        stop_after: Return after this step, its checkpoint written, as if killed.
+    """
     recipe = RECIPES[name] if steps is None else Recipe(**asdict(RECIPES[name]) | {"steps": steps})
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokenizer").exists():
@@ -188,6 +208,8 @@ def train(
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state | {"seconds": seconds}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
+        if step + 1 == stop_after:
+            return
 
     folder = out / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -204,11 +226,15 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m qbench.zoo.train", description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(RECIPES), help=f"of {', '.join(RECIPES)}; all if none")
+    parser.add_argument(
+        "names", nargs="*", default=list(RECIPES), help=f"of {', '.join(RECIPES)}; all if none"
+    )
     parser.add_argument("--work", type=Path, default=Path("zoo-training"), help="checkpoints are kept here")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that receives the trained models")
     parser.add_argument("--steps", type=int, help="instead of the recipe's number of steps")
-    parser.add_argument("--compile", action="store_true", help="fuse with torch.compile; needs a C++ compiler")
+    parser.add_argument(
+        "--compile", action="store_true", help="fuse with torch.compile; needs a C++ compiler"
+    )
     args = parser.parse_args()
     for name in args.names:
         config_of(name)

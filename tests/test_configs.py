@@ -1,0 +1,102 @@
+"""Every choice in conf/ composes and builds, and so does every study in sweeps/."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from qbench.quant.scheme import Scheme
+from qbench.sweep.grid import CONF, plain
+from qbench.sweep.settings import Settings
+from qbench.sweep.study import SWEEPS, unfold
+
+GROUPS = ("algo", "scheme", "model", "calib", "eval", "tracker")
+CHOICES = [f"{path.parent.name}={path.stem}" for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
+
+
+def settings_of(*overrides: str) -> Settings:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+        return Settings.read(plain(config, config.hydra.runtime.choices["algo"]))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_builds(choice):
+    extra = {"model=hf": ["model.id=zoo/nano-llama"], "algo=smoothquant": ["abits=8"]}.get(choice, [])
+    job = settings_of(choice, *extra).job()
+    assert job.fingerprint == settings_of(choice, *extra).job().fingerprint
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_scheme_is_what_its_name_says(path):
+    ours, named = settings_of(f"scheme={path.stem}").scheme(), Scheme.parse(path.stem)
+    assert str(ours).removesuffix("-wsym") == str(named)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
+def test_every_config_begins_with_what_it_is(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("#")
+    if lines[0].startswith("# @package"):
+        assert lines[1].startswith("#")
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_names_axes_that_exist(path):
+    arguments = unfold(["-m", f"+sweep={path.relative_to(SWEEPS).with_suffix('').as_posix()}"])
+    axes = [a for a in arguments if a != "-m"]
+    assert axes
+    for axis in axes:
+        key, _, values = axis.partition("=")
+        for value in values.split(","):
+            settings_of(f"{key}={value}")
+
+
+def test_single_keys_override_the_scheme():
+    scheme = settings_of("scheme=w4a16g128", "wbits=3", "group_size=64").scheme()
+    assert str(scheme) == "w3a16g64"
+    assert str(settings_of("wbits=4", "group_size=-1").scheme()) == "w4a16"
+
+
+def fingerprint(*overrides: str) -> str:
+    return settings_of(*overrides).job().fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["algo.damp=0.02", "wbits=3", "calib.n_samples=32", "calib=stdlib_code", "model=nano-llama", "seed=1",
+     "eval.max_windows=8", "eval.ppl=[stdlib_docs]", "eval.limit=8", "model.dtype=bfloat16", "algo=rtn"],
+)  # fmt: skip
+def test_what_can_change_a_number_changes_the_fingerprint(change):
+    assert fingerprint("algo=gptq", change) != fingerprint("algo=gptq")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "results=elsewhere",
+        "tracker=none",
+        "force=true",
+        "eval.batch_size=2",
+        "data.root=/tmp",
+        "baseline=false",
+    ],
+)
+def test_what_cannot_change_a_number_does_not(change):
+    assert fingerprint("algo=gptq", change) == fingerprint("algo=gptq")
+
+
+@pytest.mark.parametrize("change", ["calib=stdlib_code", "seed=1", "calib.n_samples=32"])
+def test_calibration_is_no_part_of_a_data_free_job(change):
+    assert fingerprint("algo=rtn", change) == fingerprint("algo=rtn")
+
+
+def test_two_ways_of_saying_the_same_are_the_same_job():
+    assert fingerprint("scheme=w3a16g64") == fingerprint("wbits=3", "group_size=64")
+    assert fingerprint("algo=fp", "wbits=4") == fingerprint("algo=fp", "wbits=2")
+
+
+def test_a_new_revision_of_an_algorithm_is_another_job(monkeypatch):
+    from qbench.algorithms.gptq import GPTQ
+
+    before = fingerprint("algo=gptq")
+    monkeypatch.setattr(GPTQ, "revision", GPTQ.revision + 1)
+    assert fingerprint("algo=gptq") != before
