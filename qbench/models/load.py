@@ -117,7 +117,13 @@ class ModelRef:
 
     def skeleton(self) -> Any:
         """The model without weights, on the `meta` device: names and shapes only."""
-        config = AutoConfig.from_pretrained(**self._source)
+        try:
+            config = AutoConfig.from_pretrained(**self._source)
+        except OSError as error:
+            raise OSError(
+                f"model {self.id!r} was found neither locally nor on the hub ({str(error).splitlines()[0]}); "
+                "check model.id, log in for a gated model, or give a local folder"
+            ) from error
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
 

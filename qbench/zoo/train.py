@@ -54,8 +54,8 @@ class Recipe:
 
 RECIPES = {
     "micro-llama": Recipe(steps=3500),
-    "nano-llama": Recipe(steps=2000, lr=4e-3),
-    "micro-opt": Recipe(steps=2000),
+    "nano-llama": Recipe(steps=1500, lr=4e-3),
+    "micro-opt": Recipe(steps=1500),
 }
 
 
