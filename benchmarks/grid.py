@@ -32,7 +32,9 @@ def main() -> None:
         for name in ("first run", "again"):
             wall, cpu = timed(folder)
             print(f"| {name} | {wall:.1f} | {cpu:.1f} |")
-        print("\n| job | load s | calib s | eval s | calib peak MB | eval peak MB |\n|---|---|---|---|---|---|")
+        print(
+            "\n| job | load s | calib s | eval s | calib peak MB | eval peak MB |\n|---|---|---|---|---|---|"
+        )
         records = [json.loads(p.read_text()) for p in Path(folder).glob("results/records/*/record.json")]
         for record in sorted(records, key=lambda r: r["started"]):
             keys = ("load_time_s", "calib_time_s", "eval_time_s", "peak_mem_calib_mb", "peak_mem_eval_mb")

@@ -12,7 +12,14 @@ from omegaconf import DictConfig
 
 
 class QbenchSweeper(Sweeper):
-    """Expands the grid and runs its jobs in one process."""
+    """Expands the grid and runs its jobs in one process.
+
+    Args:
+        arguments: The command's own arguments, which `qbench.sweep.grid.held_back` kept from Hydra.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments = [str(a) for a in arguments]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -23,5 +30,5 @@ class QbenchSweeper(Sweeper):
 
         assert self.hydra_context is not None
         assert self.config is not None
-        cells = expand(arguments, self.hydra_context.config_loader, self.config)
+        cells = expand([*self._arguments, *arguments], self.hydra_context.config_loader, self.config)
         sys.exit(run_cells(cells, is_sweep=True))  # Hydra hands nobody what a sweep returns

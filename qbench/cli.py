@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qbench.errors import UsageError
+
 BAD_INPUT = 2
 
 _QUIET = {
@@ -39,7 +41,7 @@ def main() -> None:
         _run()
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
+    except UsageError as error:
         print(f"qbench: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
@@ -62,10 +64,13 @@ def _run() -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from qbench.sweep.grid import CONF, Cell, explain, plain
+    from qbench.sweep.grid import Cell, explain, held_back, plain
+    from qbench.sweep.shipped import CONF
     from qbench.sweep.study import unfold
 
     sys.argv[1:] = unfold(sys.argv[1:])
+    if {"-m", "--multirun"} & set(sys.argv):
+        sys.argv[1:] = held_back(sys.argv[1:])
     # Hydra would print its own report and exit with 1; raise instead, and say it in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -79,34 +84,31 @@ def _run() -> None:
     try:
         one()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from error
+        raise UsageError(explain(error)) from error
 
 
-def _options(arguments: list[str]) -> dict[str, Any]:
-    """`key=value` arguments over the defaults of `conf/config.yaml`, as plain values."""
+def _options(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Results folder and tracker settings, from `key=value` arguments over the defaults of `conf/config.yaml`."""
     from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    from qbench.sweep.grid import CONF
+    from qbench.sweep.grid import explain
+    from qbench.sweep.shipped import CONF
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        from hydra.errors import HydraException
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        from qbench.sweep.grid import explain
-
-        try:
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", overrides=arguments)
-            return {key: OmegaConf.to_container(config[key], resolve=True) for key in ("tracker",)} | {
-                "results": Path(config.results)
-            }
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain(error)) from error
+            tracker: Any = OmegaConf.to_container(config.tracker, resolve=True)
+            return Path(config.results), tracker
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(explain(error)) from error
 
 
 def _tables(arguments: list[str]) -> int:
     """`qbench tables [results=…]`: the tables of all records, shown and written."""
-    results = _options(arguments)["results"]
+    results, _ = _options(arguments)
     from rich.console import Console
 
     from qbench.report.frame import tidy
@@ -115,7 +117,7 @@ def _tables(arguments: list[str]) -> int:
 
     frame = tidy(RecordStore(results).all())
     if frame.empty:
-        raise ValueError(
+        raise UsageError(
             f"no records under '{results / 'records'}'; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
         )
     console = Console() if sys.stdout.isatty() else Console(width=200)
@@ -127,12 +129,12 @@ def _tables(arguments: list[str]) -> int:
 
 def _sync(arguments: list[str]) -> int:
     """`qbench sync [results=…] [tracker.uri=…]`: mirror records that MLflow does not hold yet."""
-    options = _options(arguments)
+    results, settings = _options(arguments)
     from qbench.sweep.session import sync
     from qbench.sweep.settings import TrackerSettings
 
-    tracker = TrackerSettings(**options["tracker"])
-    print(f"{sync(options['results'], tracker)} records mirrored to {tracker.uri}")
+    tracker = TrackerSettings(**settings)
+    print(f"{sync(results, tracker)} records mirrored to {tracker.uri}")
     return 0
 
 

@@ -57,10 +57,8 @@ def quantize(
         raise ValueError(
             f"{type(algorithm).__name__} with {scheme} needs calibration tokens; choose a calib set"
         )
-    algorithm.check(scheme)
 
     device, family, errors = torch.device(device), family_of(model), []
-    algorithm.prepare(model, family)
     inputs: Stream | None = None
     layers = list(model.get_submodule(family.blocks))
     kwargs: list[dict[str, Any]] = [{} for _ in layers]

@@ -5,6 +5,7 @@ import copy
 import gc
 import hashlib
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from qbench.data.corpora import load_text
 from qbench.data.tokens import CalibrationSet, sha256
 from qbench.deploy.size import size_metrics
 from qbench.engine import quantize
+from qbench.errors import first_line
 from qbench.evaluate.plan import EvalPlan
 from qbench.evaluate.result import Evaluation
 from qbench.models.load import ModelRef, check_fit
@@ -43,6 +45,7 @@ class Job:
     Attributes:
         algo: The algorithm's name on the command line, for tables.
         calib: `None` exactly where no calibration data is needed.
+        settings: The config as plain values, for the record; not looked at.
     """
 
     model: ModelRef
@@ -53,6 +56,7 @@ class Job:
     evaluation: EvalPlan
     device: str = "cpu"
     data_root: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def identity(self) -> dict[str, Any]:
         """What tells this job's numbers from another's. Devices, paths, batch sizes and trackers do not count."""
@@ -98,14 +102,12 @@ class Job:
             ValueError, NotImplementedError, FileNotFoundError: Saying what was found and what to do.
         """
         self.algorithm.check(self.scheme)
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device={self.device} was asked for, this torch sees no CUDA device; use device=cpu"
-            )
+        check_device(self.device)
+        if self.scheme.kv is not None and self.model.attn != "sdpa":
+            raise ValueError(f"KV quantization needs model.attn=sdpa, model.attn is {self.model.attn}")
         check_fit(skeleton(self.model), self.scheme)
         self._check_lengths(getattr(skeleton(self.model).config, "max_position_embeddings", None))
-        for name in self.evaluation.ppl:
-            load_text(name, "test", self.data_root)
+        self.evaluation.check(tokenizer(self.model), self.data_root)
         if self.calib is not None:
             calibration_tokens(self.model, self.calib, self.data_root)
 
@@ -117,6 +119,25 @@ class Job:
                 raise ValueError(
                     f"{key} is {length}, {self.model.name} reads at most {most} tokens; lower {key}"
                 )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or see.
+
+    Raises:
+        ValueError: Saying what there is.
+    """
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device} is not a device of torch; use cpu, cuda or cuda:<number>"
+        ) from error
+    count = torch.cuda.device_count()
+    if parsed.type == "cuda" and (parsed.index or 0) >= count:
+        raise ValueError(
+            f"device={device} was asked for, this torch sees {count} CUDA devices; use device=cpu"
+        )
 
 
 # What jobs in one process share. Each is built once and never changed.
@@ -180,15 +201,22 @@ def run(job: Job, models: ModelCache, reporter: Reporter | None = None) -> Outco
         "identity": job.identity(),
         "environment": environment(),
         "device": device_name(job.device),
+        "config": job.settings,
         "started": started.isoformat(),
     }
     try:
         metrics, errors, samples = _measure(job, models, reporter)
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"not finite: {', '.join(bad)}")
         record |= {"status": "done", "metrics": metrics, "block_errors": errors, "data": _provenance(job)}
     except Exception as error:  # whatever one job raises, the other jobs go on; the record says what it was
         samples = []
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        record |= {"status": "failed", "reason": reason, "traceback": traceback.format_exc(), "metrics": {}}
+        record |= {
+            "status": "failed",
+            "reason": first_line(error),
+            "traceback": traceback.format_exc(),
+            "metrics": {},
+        }
     record["finished"] = datetime.now(UTC).isoformat()
     return Outcome(record, samples)
 
@@ -220,13 +248,13 @@ def _phase(name: str, job: Job, metrics: dict[str, float], reporter: Reporter) -
     reporter.phase(name)
     cuda = torch.device(job.device).type == "cuda"
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(job.device)
         torch.cuda.reset_peak_memory_stats(job.device)
     clock = time.perf_counter()
     with _peak_rss() as peak:
         yield
         if cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(job.device)
     metrics[f"{name}_time_s"] = time.perf_counter() - clock
     metrics[f"peak_mem_{name}_mb"] = peak[0] / 1e6
     if cuda:

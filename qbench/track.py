@@ -7,11 +7,13 @@ A record is written in a temporary folder and moved into place, so that a killed
 half-written, resuming is "does it exist", and any number of workers can write at once.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,17 +83,24 @@ class RecordStore:
         draft.mkdir(parents=True)
         if samples:
             pq.write_table(pa.Table.from_pylist(samples), draft / "samples.parquet")
+        for path in draft.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
         with (draft / "record.json").open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        final = self.path(fingerprint)
+        final, old = self.path(fingerprint), draft.with_name(f"{draft.name}-old")
         if final.exists():
-            old = self.records / f".tmp-{fingerprint}-{os.getpid()}-old"
             final.rename(old)
-            shutil.rmtree(old)
-        draft.rename(final)
+        try:
+            draft.rename(final)
+        except OSError:  # another worker finished the same job in between; its record is as good
+            if not (final / "record.json").is_file():
+                raise
+            shutil.rmtree(draft)
+        shutil.rmtree(old, ignore_errors=True)
         return final
 
     def open_sweep(self, command: str, fingerprints: Iterable[str]) -> str:
@@ -108,22 +117,39 @@ class RecordStore:
         return id_
 
     def sweeps(self) -> dict[str, dict[str, Any]]:
-        return {p.stem: json.loads(p.read_text()) for p in sorted((self.root / "sweeps").glob("*.json"))}
+        """The sweeps by id, oldest first."""
+        found = [json.loads(path.read_text()) for path in (self.root / "sweeps").glob("*.json")]
+        return {about["id"]: about for about in sorted(found, key=lambda about: about["started"])}
+
+    @property
+    def id(self) -> str:
+        """A name for this results folder that no other has, made when it is first asked for."""
+        path = self.root / "store-id"
+        if not path.exists():
+            draft = path.with_name(f"store-id.{os.getpid()}")
+            draft.write_text(uuid.uuid4().hex)
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, path)  # unlike a rename, this keeps the id of whoever came first
+            draft.unlink()
+        return path.read_text()
 
 
 class MLflowMirror:
     """Copies records to MLflow: a parent run for each sweep, a child for each record.
 
-    What is mirrored already is found by the fingerprint that every run is tagged with, so mirroring
-    twice changes nothing.
+    A child's parent is the first sweep that asked for its job. What is mirrored already is found by the
+    fingerprint and the results folder that every run is tagged with, so mirroring twice changes nothing and
+    nobody touches the runs of another folder.
 
     Raises:
         ModuleNotFoundError: If MLflow is not installed.
     """
 
     def __init__(self, uri: str, experiment: str, store: RecordStore) -> None:
-        # No telemetry look-ups: a sweep may run where the network hangs instead of refusing.
+        # A sweep may run where the network hangs instead of refusing: no telemetry, and no minutes of retrying.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow.tracking import MlflowClient
 
         self._store, self._client = store, MlflowClient(tracking_uri=uri)
@@ -136,6 +162,9 @@ class MLflowMirror:
                 (store.root / "mlflow-artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
             )
             self._experiment = self._client.create_experiment(experiment, artifact_location=local)
+        self._sweep_of: dict[str, str] = {}
+        for sweep, about in store.sweeps().items():
+            self._sweep_of = dict.fromkeys(about["jobs"], sweep) | self._sweep_of
         self._parents = self._tagged("qbench.sweep_parent")
         self._children = self._tagged("qbench.fingerprint")
 
@@ -145,7 +174,10 @@ class MLflowMirror:
         token: str | None = None
         while True:
             page = self._client.search_runs(
-                [self._experiment], f"tags.`{tag}` != ''", max_results=1000, page_token=token
+                [self._experiment],
+                f"tags.`{tag}` != '' and tags.`qbench.store` = '{self._store.id}'",
+                max_results=1000,
+                page_token=token,
             )
             for run in page:
                 tags = run.data.tags
@@ -173,10 +205,12 @@ class MLflowMirror:
         self._children[fingerprint] = (run_id, finished)
         return True
 
-    def finish(self, sweep: str) -> None:
-        """Close a sweep's parent run."""
-        if sweep in self._parents:
-            self._client.set_terminated(self._parents[sweep][0], "FINISHED")
+    def mirror_all(self, records: Iterable[Record]) -> int:
+        """Copy what is not there yet, close the sweeps' parent runs, and say how many were copied."""
+        count = sum(self.mirror(record) for record in records)
+        for run_id, _ in self._parents.values():
+            self._client.set_terminated(run_id, "FINISHED")
+        return count
 
     def _create(self, record: Record) -> str:
         labels, environment = record["labels"], record["environment"]
@@ -184,11 +218,14 @@ class MLflowMirror:
         tags |= {
             "qbench.fingerprint": record["fingerprint"],
             "qbench.finished": record["finished"],
+            "qbench.store": self._store.id,
             "git_commit": environment["git_commit"] or "unknown",
             "mlflow.source.name": environment["command"],
         }
-        if record.get("sweep"):
-            tags |= {"qbench.sweep": record["sweep"], "mlflow.parentRunId": self._parent(record["sweep"])}
+        if record["status"] == "failed":
+            tags["qbench.reason"] = record["reason"]
+        if sweep := self._sweep_of.get(record["fingerprint"]):
+            tags |= {"qbench.sweep": sweep, "mlflow.parentRunId": self._parent(sweep)}
         name = " ".join(str(labels[key]) for key in ("model", "algo", "scheme"))
         return self._client.create_run(
             self._experiment, start_time=_milliseconds(record["started"]), tags=tags, run_name=name
@@ -196,10 +233,12 @@ class MLflowMirror:
 
     def _parent(self, sweep: str) -> str:
         if sweep not in self._parents:
-            about = self._store.sweeps().get(
-                sweep, {"command": "unknown", "started": time.time(), "jobs": []}
-            )
-            tags = {"qbench.sweep_parent": sweep, "mlflow.source.name": about["command"]}
+            about = self._store.sweeps()[sweep]
+            tags = {
+                "qbench.sweep_parent": sweep,
+                "qbench.store": self._store.id,
+                "mlflow.source.name": about["command"],
+            }
             run = self._client.create_run(
                 self._experiment, start_time=int(about["started"] * 1000), tags=tags,
                 run_name=f"sweep {sweep} ({len(about['jobs'])} jobs)",
@@ -213,8 +252,8 @@ class MLflowMirror:
         at = _milliseconds(record["finished"])
         metrics = [Metric(name, value, at, 0) for name, value in record["metrics"].items()]
         metrics += [Metric("block_error", e, at, i) for i, e in enumerate(record.get("block_errors", []))]
-        params = [Param(key, str(value)[:6000]) for key, value in flatten(record["identity"]).items()]
-        params += [Param(f"label.{key}", str(value)) for key, value in record["labels"].items()]
+        described = record["config"] | {f"label.{key}": value for key, value in record["labels"].items()}
+        params = [Param(key, str(value)[:6000]) for key, value in flatten(described).items()]
         for start in range(0, max(len(metrics), len(params)), 100):  # the most that one call takes
             self._client.log_batch(run_id, metrics[start : start + 100], params[start : start + 100])
         inputs = [

@@ -107,10 +107,18 @@ BAD = {
     "missing folder": (["model=hf", "model.id=./nowhere"], "model folder 'nowhere' does not exist"),
     "no model id": (["model=hf"], "model.id has no value"),
     "smoothquant without activations": (["algo=smoothquant"], "SmoothQuant needs activation bits"),
+    "gptq without weights": (["algo=gptq", "wbits=16", "abits=8"], "GPTQ works on weights"),
+    "group size zero": (["group_size=0"], "group_size is 0, it must be positive"),
+    "hyperparameter of the wrong type": (["algo=gptq", "algo.damp=much"], "value of the wrong type"),
+    "unknown attention": (["model.attn=fast"], "model.attn='fast': input should be"),
+    "KV without sdpa": (["kvbits=4", "model.attn=eager"], "KV quantization needs model.attn=sdpa"),
+    "unknown device": (["device=gpu"], "not a device of torch"),
+    "two results folders": (["-m", "results=a,b"], "one for a whole sweep"),
+    "an empty grid": (["-m", "seed=range(0)"], "the grid is empty"),
     "nothing to quantize": (["wbits=16"], "has nothing to quantize"),
     "hyperparameter out of range": (["algo=gptq", "algo.damp=0"], "damp is 0"),
     "unknown corpus": (["eval.ppl=[wikitext3]"], "eval.ppl names 'wikitext3'"),
-    "no device": (["device=cuda"], "sees no CUDA device"),
+    "no device": (["device=cuda"], "sees 0 CUDA devices"),
     "a window longer than the model reads": (["eval.seq_len=4096"], "reads at most 512 tokens"),
     "a sweep without -m": (["algo=rtn,gptq"], "-m"),
     "a study without -m": (["+sweep=quickstart"], "qbench -m +sweep=quickstart"),
@@ -143,6 +151,34 @@ def test_in_a_sweep_a_bad_cell_is_reported_and_the_others_run(qbench, capfd):
     assert "skipped algo=gtpq wbits=4: unknown algo 'gtpq'" in captured.err
     assert "skipped algo=smoothquant wbits=4: SmoothQuant needs activation bits" in captured.err
     assert "2 run, 0 already done, 5 skipped" in captured.out
+
+
+def test_a_hyperparameter_of_one_algorithm_concerns_its_cells_alone(qbench, capfd):
+    assert qbench("-m", "algo=rtn,gptq", "algo.damp=0.05", "wbits=4", *QUIET) == 2
+    assert [r["labels"]["algo"] for r in records()] == ["fp", "gptq"]
+    assert records()[1]["identity"]["algorithm"]["damp"] == 0.05
+    assert "skipped algo=rtn: unknown key 'algo.damp'; the chosen algo has no damp" in capfd.readouterr().err
+
+
+def test_a_metric_that_is_not_finite_fails_the_job_and_not_the_sweep(qbench, monkeypatch):
+    monkeypatch.setattr("qbench.job.size_metrics", lambda model, scheme: {"bits_per_weight": float("nan")})
+    assert qbench("algo=rtn", *QUIET) == 3
+    assert records()[0]["reason"] == "FloatingPointError: not finite: bits_per_weight"
+
+
+def test_jobs_of_one_model_follow_one_another(qbench, monkeypatch):
+    loads = []
+    load = ModelRef.load
+    monkeypatch.setattr(ModelRef, "load", lambda self: loads.append(self.name) or load(self))
+    small = [a for a in QUIET if not a.startswith("model=")]
+    assert qbench("-m", "algo=rtn", "wbits=4,3", "model=nano-llama,micro-opt", *small) == 0
+    assert loads == ["nano-llama", "micro-opt"]
+
+
+def test_a_model_in_half_precision_runs_through_every_algorithm(qbench):
+    assert qbench("-m", "algo=rtn,gptq,awq", "wbits=4", "model.dtype=bfloat16", *QUIET) == 0
+    assert {r["status"] for r in records()} == {"done"}
+    assert qbench("algo=smoothquant", "scheme=w8a8", "model.dtype=bfloat16", *QUIET) == 0
 
 
 def test_a_job_that_fails_leaves_a_record_with_its_reason_and_the_sweep_goes_on(qbench, capfd, monkeypatch):
@@ -198,10 +234,18 @@ def test_sync_restores_what_mlflow_lost(qbench):
     assert len(before) == 4
     assert {status for _, status, _ in before} == {"FINISHED"}
     Path("results/mlflow.db").unlink()
-    assert qbench("sync") == 0
-    assert runs() == before
-    assert qbench("sync") == 0
-    assert runs() == before
+    for _ in range(2):
+        assert qbench("sync") == 0
+        assert runs() == before
+
+
+def test_what_ran_without_mlflow_is_mirrored_by_the_same_command_with_it(qbench):
+    from mlflow.tracking import MlflowClient
+
+    qbench("-m", "algo=rtn", "wbits=4", *QUIET)
+    qbench("-m", "algo=rtn", "wbits=4", *SMALL)
+    client = MlflowClient(tracking_uri="sqlite:///results/mlflow.db")
+    assert len(client.search_runs([client.get_experiment_by_name("qbench").experiment_id])) == 3
 
 
 def test_a_sweep_goes_on_without_mlflow(qbench, capfd):

@@ -4,9 +4,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from qbench.quant.scheme import Scheme
-from qbench.sweep.grid import CONF, plain
+from qbench.sweep.grid import plain
 from qbench.sweep.settings import Settings
-from qbench.sweep.study import SWEEPS, unfold
+from qbench.sweep.shipped import CONF, SWEEPS
+from qbench.sweep.study import unfold
 
 GROUPS = ("algo", "scheme", "model", "calib", "eval", "tracker")
 CHOICES = [f"{path.parent.name}={path.stem}" for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
@@ -29,6 +30,9 @@ def test_every_choice_builds(choice):
 def test_a_scheme_is_what_its_name_says(path):
     ours, named = settings_of(f"scheme={path.stem}").scheme(), Scheme.parse(path.stem)
     assert str(ours).removesuffix("-wsym") == str(named)
+    assert str(ours).endswith("-wsym") == (named.activation is not None), (
+        "symmetric weights go with activation bits"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
@@ -62,7 +66,7 @@ def fingerprint(*overrides: str) -> str:
 
 @pytest.mark.parametrize(
     "change",
-    ["algo.damp=0.02", "wbits=3", "calib.n_samples=32", "calib=stdlib_code", "model=nano-llama", "seed=1",
+    ["algo.damp=0.02", "wbits=3", "calib.n_samples=16", "calib=stdlib_code", "model=nano-llama", "seed=1",
      "eval.max_windows=8", "eval.ppl=[stdlib_docs]", "eval.limit=8", "model.dtype=bfloat16", "algo=rtn"],
 )  # fmt: skip
 def test_what_can_change_a_number_changes_the_fingerprint(change):
@@ -84,7 +88,7 @@ def test_what_cannot_change_a_number_does_not(change):
     assert fingerprint("algo=gptq", change) == fingerprint("algo=gptq")
 
 
-@pytest.mark.parametrize("change", ["calib=stdlib_code", "seed=1", "calib.n_samples=32"])
+@pytest.mark.parametrize("change", ["calib=stdlib_code", "seed=1", "calib.n_samples=16"])
 def test_calibration_is_no_part_of_a_data_free_job(change):
     assert fingerprint("algo=rtn", change) == fingerprint("algo=rtn")
 

@@ -43,7 +43,7 @@ def test_blocks_chained_by_hand_are_the_model(model, tokens):
         stream = stream.through(layer, kw, torch.device("cpu"))
     with torch.no_grad():
         hidden = stream.hidden
-        head = model.get_submodule(family.head)
+        head = model.lm_head
         norm = getattr(model.model, "norm", None) or getattr(model.model.decoder, "final_layer_norm", None)
         logits = head(norm(hidden) if norm is not None else hidden)
     expected = model(tokens, use_cache=False).logits

@@ -67,6 +67,14 @@ def assert_same_function(model, tokens, before):
     )
 
 
+def quantize_or_skip(model, *arguments):
+    """Quantize, or skip where the algorithm says that it does not cover this architecture."""
+    try:
+        return quantize(model, *arguments)
+    except NotImplementedError as refusal:
+        pytest.skip(f"refused: {refusal}")
+
+
 def of_kind(*kinds: str) -> list[Algorithm]:
     return [a for a in ALL if a.kind in kinds]
 
@@ -85,16 +93,19 @@ def test_an_unquantized_scheme_leaves_the_function_unchanged(algorithm, model, t
 @pytest.mark.parametrize("algorithm", of_kind("transform"), ids=name)
 def test_a_transform_leaves_the_function_unchanged_whatever_the_scheme(algorithm, model, tokens):
     before = logits(model, tokens)
-    quantize(model, Pipeline((algorithm, Keep())), accepted(algorithm, "w3a16g16", "w3a8g16"), tokens)
+    quantize_or_skip(model, Pipeline((algorithm, Keep())), accepted(algorithm, "w3a16g16", "w3a8g16"), tokens)
     for module in model.modules():
         module._forward_pre_hooks.clear()  # the engine's activation quantizers: the law is about weights
     assert_same_function(model, tokens, before)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w3a16g16", "w2a16g16"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    "scheme", [{"wbits": 4}, {"wbits": 3, "group_size": 16}, {"wbits": 2, "group_size": 16}], ids=str
+)
 @pytest.mark.parametrize("algorithm", of_kind("round"), ids=name)
-def test_a_rounder_leaves_every_weight_on_the_grid(algorithm, scheme, model, tokens):
-    scheme = Scheme.parse(scheme)
+def test_a_rounder_leaves_every_weight_on_the_grid(algorithm, scheme, symmetric, model, tokens):
+    scheme = Scheme.of(**scheme, weight_symmetric=symmetric)
     quantize(model, algorithm, scheme, tokens)
     family = family_of(model)
     for layer in model.get_submodule(family.blocks):
@@ -118,12 +129,11 @@ def test_clipping_never_widens_a_range(algorithm, model, tokens):
 @pytest.mark.parametrize("algorithm", [a for a in ALL if a.needs_data], ids=name)
 def test_calibrating_helps_on_the_calibration_data(algorithm, model, tokens):
     scheme = accepted(algorithm, "w3a16g16", "w4a4")
-    links = family_of(model).links
-    if algorithm.kind == "transform" and not any("norm" in str(link.source) for link in links):
-        pytest.skip("no norm feeds a linear layer in this variant, so a transform has nothing to move")
+    if algorithm.kind == "transform" and any(link.source is None for link in family_of(model).links):
+        pytest.skip("half of the layers cannot be transformed in this variant, and their noise decides")
     baseline = copy.deepcopy(model)
-    worse = quantize(baseline, Pipeline((ObservingRTN(),)), scheme, tokens)
-    better = quantize(model, as_pipeline(algorithm), scheme, tokens)
+    worse = quantize(baseline, ObservingRTN(), scheme, tokens)
+    better = quantize_or_skip(model, as_pipeline(algorithm), scheme, tokens)
     assert better[0] < worse[0]
 
 

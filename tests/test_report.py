@@ -2,12 +2,15 @@
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from qbench.report.frame import tidy
-from qbench.report.tables import by_metric, number, summary, write
+from qbench.report.tables import by_metric, number, show, summary, write
 
 
-def record(algo, wbits, ppl=None, *, model="micro-llama", calib=None, seed=None, reason=None):
+def record(
+    algo, wbits, ppl=None, *, model="micro-llama", calib=None, seed=None, damp=0.01, windows=32, reason=None
+):
     scheme = f"w{wbits}a16" + ("g128" if wbits < 16 else "")
     labels = {
         "model": model, "algo": algo, "scheme": scheme, "wbits": wbits, "abits": 16, "kvbits": 16,
@@ -18,8 +21,15 @@ def record(algo, wbits, ppl=None, *, model="micro-llama", calib=None, seed=None,
         "ppl/docs": ppl, "ppl/docs_stderr": 0.25, "acc/cloze": 0.5, "acc/cloze_stderr": 0.04,
     }  # fmt: skip
     status = "failed" if reason else "done"
-    name = f"{model}-{algo}-{scheme}-{calib}-{seed}"
-    return {"fingerprint": name, "status": status, "reason": reason, "labels": labels, "metrics": metrics}
+    identity = {
+        "model": {"id": model}, "algorithm": {"name": algo, "damp": damp}, "scheme": scheme,
+        "calib": calib and {"name": calib, "seed": seed},
+        "evaluation": {"ppl": ["docs"], "seq_len": 512, "max_windows": windows, "limit": None},
+    }  # fmt: skip
+    return {
+        "fingerprint": repr(identity), "status": status, "reason": reason, "labels": labels, "metrics": metrics,
+        "identity": identity, "environment": {"versions": {"python": "3.11.7"}},
+    }  # fmt: skip
 
 
 RECORDS = [
@@ -47,13 +57,30 @@ def test_cells_have_values_with_errors_reasons_or_nothing():
     assert list(table.columns) == ["model", "w16a16", "w4a16g128", "w3a16g128"]
 
 
-def test_calibration_and_seed_are_shown_where_they_tell_rows_apart():
-    more = [*RECORDS, record("gptq", 4, 12.7, calib="code", seed=0)]
-    assert "calib" not in summary(tidy(RECORDS))
-    table = by_metric(tidy(more), "ppl/docs")
-    assert set(table[table["algo"] == "gptq"]["calib"]) == {"docs", "code"}
-    seeds = [*RECORDS, record("gptq", 4, 12.7, calib="docs", seed=1)]
-    assert set(summary(tidy(seeds))["seed"]) >= {0, 1}
+@pytest.mark.parametrize(
+    ("other", "setting"),
+    [({"calib": "code", "seed": 0}, "calib=code"), ({"calib": "docs", "seed": 1}, "seed=1"),
+     ({"calib": "docs", "seed": 0, "damp": 0.1}, "damp=0.1")],
+)  # fmt: skip
+def test_whatever_tells_two_jobs_apart_is_shown_and_neither_is_lost(other, setting):
+    assert "setting" not in summary(tidy(RECORDS))
+    frame = tidy([*RECORDS, record("gptq", 4, 14.7, **other)])
+    for table in (summary(frame), by_metric(frame, "ppl/docs")):
+        assert setting in set(table["setting"])
+    cells = by_metric(frame, "ppl/docs").query("algo == 'gptq'")["w4a16g128"]
+    assert {"12.50 ± 0.25", "14.70 ± 0.25"} <= set(cells)
+
+
+def test_two_protocols_never_share_a_column():
+    frame = tidy([*RECORDS, record("rtn", 4, 13.3, windows=None)])
+    table = summary(frame)
+    assert {"ppl/docs [512 x 32]", "ppl/docs [512]"} <= set(table.columns)
+    assert list(table["ppl/docs [512]"]).count("") == len(table) - 1
+
+
+def test_a_reason_with_brackets_is_shown_as_it_is(capsys):
+    show(tidy([record("gptq", 4, reason="OSError: no [/tmp/x] or [cuda:0]")]), Console(width=200))
+    assert "no [/tmp/x] or [cuda:0]" in capsys.readouterr().out
 
 
 def test_every_table_is_written_in_every_format(tmp_path):

@@ -12,14 +12,14 @@ RECORD = {
     "fingerprint": "0123456789abcdef",
     "status": "done",
     "labels": {"model": "m", "algo": "gptq", "scheme": "w4a16g128"},
-    "identity": {"model": {"id": "m"}, "algorithm": {"steps": [{"name": "GPTQ", "damp": 0.01}]}},
+    "identity": {"model": {"id": "m"}},
+    "config": {"algo": {"steps": {"round": {"damp": 0.01}}}, "wbits": 4},
     "environment": {"versions": {"torch": "2.13.0"}, "git_commit": "abc", "command": "qbench -m"},
     "metrics": {"ppl/stdlib_docs": 12.5, "ppl/stdlib_docs_stderr": 0.1, "calib_time_s": 1.0},
     "block_errors": [0.1, 0.2, 0.3],
     "data": {"eval/stdlib_docs": {"origin": "here", "sha256": "f" * 64}},
     "started": "2026-01-01T00:00:00+00:00",
     "finished": "2026-01-01T00:00:09+00:00",
-    "sweep": None,
 }
 SAMPLES = [{"metric": "ppl/stdlib_docs", "item": i, "value": 2.5 + i} for i in range(4)]
 
@@ -93,15 +93,13 @@ def runs_of(uri):
 
 def test_the_mirror_holds_parent_and_child_once(store, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    sweep = store.open_sweep("qbench -m algo=gptq", [RECORD["fingerprint"]])
-    record = RECORD | {"sweep": sweep}
-    store.write(record, SAMPLES)
+    store.open_sweep("qbench -m algo=gptq", [RECORD["fingerprint"]])
+    store.write(RECORD, SAMPLES)
 
     mirror = MLflowMirror(uri, "qbench", store)
-    assert mirror.mirror(record)
-    assert not mirror.mirror(record)
-    mirror.finish(sweep)
-    assert not MLflowMirror(uri, "qbench", store).mirror(record), "a new process finds what is there"
+    assert mirror.mirror_all([RECORD]) == 1
+    assert mirror.mirror_all([RECORD]) == 0
+    assert MLflowMirror(uri, "qbench", store).mirror_all([RECORD]) == 0, "a new process finds what is there"
 
     client, runs = runs_of(uri)
     parent = next(r for r in runs if "qbench.sweep_parent" in r.data.tags)
@@ -109,7 +107,7 @@ def test_the_mirror_holds_parent_and_child_once(store, tmp_path):
     assert {r.info.status for r in runs} == {"FINISHED"}
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.metrics["ppl/stdlib_docs"] == 12.5
-    assert child.data.params["algorithm.steps.0.damp"] == "0.01"
+    assert child.data.params["algo.steps.round.damp"] == "0.01"
     assert [m.value for m in client.get_metric_history(child.info.run_id, "block_error")] == [0.1, 0.2, 0.3]
     assert child.inputs.dataset_inputs[0].dataset.name == "stdlib_docs"
     assert {a.path for a in client.list_artifacts(child.info.run_id)} == {"record.json", "samples.parquet"}
@@ -127,6 +125,33 @@ def test_a_job_that_was_run_again_replaces_its_run(store, tmp_path):
     assert [r.data.metrics["ppl/stdlib_docs"] for r in runs] == [11.0]
 
 
+def test_nobody_touches_the_runs_of_another_results_folder(store, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    other = RecordStore(tmp_path / "other")
+    other.prepare()
+    assert other.id != store.id
+    assert RecordStore(store.root).id == store.id
+    for where, ppl in ((store, 12.5), (other, 13.5)):
+        record = RECORD | {"finished": f"2026-01-0{int(ppl) - 11}T00:00:09+00:00", "metrics": {"ppl/x": ppl}}
+        where.write(record, [])
+        MLflowMirror(uri, "qbench", where).mirror(record)
+    _, runs = runs_of(uri)
+    assert sorted(r.data.metrics["ppl/x"] for r in runs) == [12.5, 13.5]
+
+
+def test_a_run_cut_off_in_the_middle_is_made_again(store, tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    store.write(RECORD, SAMPLES)
+    mirror = MLflowMirror(uri, "qbench", store)
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_log", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mirror.mirror(RECORD)
+    assert [r.info.status for r in runs_of(uri)[1]] == ["RUNNING"]
+    assert MLflowMirror(uri, "qbench", store).mirror_all([RECORD]) == 1
+    assert [r.info.status for r in runs_of(uri)[1]] == ["FINISHED"]
+
+
 def test_a_failed_job_is_mirrored_as_failed(store, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     record = RECORD | {"status": "failed", "reason": "ValueError: no", "metrics": {}, "block_errors": []}
@@ -134,6 +159,7 @@ def test_a_failed_job_is_mirrored_as_failed(store, tmp_path):
     MLflowMirror(uri, "qbench", store).mirror(record)
     _, runs = runs_of(uri)
     assert [r.info.status for r in runs] == ["FAILED"]
+    assert runs[0].data.tags["qbench.reason"] == "ValueError: no"
     assert (
         json.loads((store.path(record["fingerprint"]) / "record.json").read_text())["reason"]
         == "ValueError: no"

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 def wheel(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)], check=True, capture_output=True
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)],
+        check=True,
+        capture_output=True,
     )
     (path,) = out.glob("*.whl")
     return path
@@ -49,7 +51,11 @@ def test_it_works_after_installation_in_an_empty_folder(wheel, tmp_path):
         cwd=empty, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert Path(where.stdout.strip()).is_relative_to(venv)
-    for command in (["algo=rtn", "wbits=4"], ["-m", "+sweep=quickstart", "algo=rtn", "eval.limit=8"], ["tables"]):
+    for command in (
+        ["algo=rtn", "wbits=4"],
+        ["-m", "+sweep=quickstart", "algo=rtn", "eval.limit=8"],
+        ["tables"],
+    ):
         result = subprocess.run(
             [venv / "bin/qbench", *command], cwd=empty, env=environment, capture_output=True, text=True
         )

@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import re
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_round_to_nearest_separates_the_widths(micro):
 def test_micro_llama_is_far_above_chance(micro):
     metrics = accuracy(*micro, ("stdlib_cloze", "stdlib_copy")).metrics
     assert metrics["acc/stdlib_cloze"] >= 0.55
-    assert metrics["acc/stdlib_copy"] >= 0.4
+    assert metrics["acc/stdlib_copy"] >= 0.3
     n = len(tasks.cloze())
     p = metrics["acc/stdlib_cloze"]
     assert metrics["acc/stdlib_cloze_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)), rel=1e-6)
@@ -88,12 +89,16 @@ def test_micro_llama_is_far_above_chance(micro):
 def test_questions_are_seeded_and_fair():
     items = tasks.cloze()
     assert items == tasks.cloze()
-    assert len(items) == 160
+    assert len(items) == 120
     assert {item["label"] for item in items} == {0, 1, 2, 3}
     assert all(len(set(item["choices"])) == 4 for item in items)
     copies = tasks.copying()
-    assert len(copies) == 120
-    assert all(item["target"] in item["context"] and not item["context"].endswith(" ") for item in copies)
+    assert len(copies) == 80
+    for item in copies:
+        *earlier, last = item["context"].split("\n")
+        start = re.search(r"_*[A-Za-z]+$", last).group()
+        endings = set(re.findall(rf"\b{start}(_\w+)", "\n".join(earlier)))
+        assert endings == {item["target"]}, "one ending only, and on an earlier line"
 
 
 @pytest.mark.slow

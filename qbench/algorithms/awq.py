@@ -40,6 +40,13 @@ class AWQScale(Algorithm):
 
     kind: ClassVar[Kind] = "transform"
 
+    def __post_init__(self) -> None:
+        if self.n_grid < 1:
+            raise ValueError(f"AWQ's scale n_grid is {self.n_grid}, it must be at least 1")
+
+    def check(self, scheme: Scheme) -> None:
+        self._check_weights(scheme)
+
     @torch.no_grad()
     def process(self, block: Block, scheme: Scheme) -> None:
         if scheme.weight is None:
@@ -57,7 +64,7 @@ class AWQScale(Algorithm):
         """The best scales for `w`, `(out, in)`, shape `(in,)`."""
         best, best_error = torch.ones_like(mean), torch.tensor(float("inf"))
         for step in range(self.n_grid):
-            s = mean.clamp(min=1e-4) ** (step / self.n_grid)
+            s = (mean ** (step / self.n_grid)).clamp(min=1e-4)
             s = s / (s.max() * s.min()).sqrt()
             error = output_error(fake_quantize(w * s, spec) / s - w, gram)
             if error < best_error:
@@ -82,6 +89,16 @@ class AWQClip(Algorithm):
 
     kind: ClassVar[Kind] = "clip"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.max_shrink < 1 or self.max_shrink * self.n_grid < 1:
+            raise ValueError(
+                f"AWQ's clip tries n_grid * max_shrink = {self.n_grid} * {self.max_shrink} ranges; "
+                "max_shrink must be between 0 and 1, and their product at least 1"
+            )
+
+    def check(self, scheme: Scheme) -> None:
+        self._check_weights(scheme)
+
     @torch.no_grad()
     def process(self, block: Block, scheme: Scheme) -> None:
         if scheme.weight is None:
@@ -95,8 +112,6 @@ class AWQClip(Algorithm):
     def clip(self, w: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:
         """`w`, `(out, in)`, clamped group by group to the best of the tried ranges."""
         g = grouped(w, spec)  # (out, n_groups, group_size)
-        if spec.granularity == "tensor":
-            g = w[:, None]
         n_groups, size = g.shape[-2:]
         blocks = gram.view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         best = torch.ones(*g.shape[:-1], 1).to(g)

@@ -5,10 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import nn
-
 from qbench.calib.stream import Block
-from qbench.models.family import Family
 from qbench.quant.scheme import Scheme
 
 Kind = Literal["transform", "clip", "round"]
@@ -43,12 +40,17 @@ class Algorithm(ABC):
             ValueError: Saying what is needed.
         """
 
-    def prepare(self, model: nn.Module, family: Family) -> None:
-        """Edit the whole model before any block is visited. Most algorithms need not."""
-
     @abstractmethod
     def process(self, block: Block, scheme: Scheme) -> None:
         """Edit the block's weights in place."""
+
+    def _check_weights(self, scheme: Scheme) -> None:
+        """For `check`: refuse a scheme that leaves weights alone."""
+        if scheme.weight is None:
+            raise ValueError(
+                f"{type(self).__name__} works on weights, which the scheme {scheme} leaves in floating point; "
+                "set wbits, or use algo=rtn"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Name, revision and every hyperparameter, defaults included."""
@@ -88,10 +90,6 @@ class Pipeline(Algorithm):
     def check(self, scheme: Scheme) -> None:
         for step in self:
             step.check(scheme)
-
-    def prepare(self, model: nn.Module, family: Family) -> None:
-        for step in self:
-            step.prepare(model, family)
 
     def process(self, block: Block, scheme: Scheme) -> None:
         for step in self:

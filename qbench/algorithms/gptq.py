@@ -46,6 +46,7 @@ class GPTQ(Algorithm):
             raise ValueError(f"GPTQ's block_size is {self.block_size}, it must be at least 1")
 
     def check(self, scheme: Scheme) -> None:
+        self._check_weights(scheme)
         grouped = scheme.weight is not None and scheme.weight.granularity == "group"
         if grouped and self.act_order and not self.static_groups:
             raise ValueError(
@@ -81,27 +82,27 @@ class GPTQ(Algorithm):
         order = torch.arange(n, device=w.device)
         if self.act_order:
             order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-        w, group = w[:, order].clone(), (order // size).tolist()
         factor = self._inverse_factor(gram + torch.diag(dead.to(gram)), order).to(w)
 
-        q = torch.empty_like(w)
+        # From here on a column of the weight is a row, which lies together in memory.
+        wt, scale, zero = w.T[order].contiguous(), scale.T.contiguous(), zero.T.contiguous()
+        group = (order // size).tolist()
+        q = torch.empty_like(wt)
         for start in range(0, n, self.block_size):
             stop = min(start + self.block_size, n)
-            errors = torch.empty(len(w), stop - start, dtype=w.dtype, device=w.device)
+            errors = torch.empty_like(wt[start:stop])
             for j in range(start, stop):
                 g = group[j]
                 if not self.static_groups and j % size == 0:
-                    ahead = w[:, j : j + size].clone()
+                    ahead = wt[j : j + size].clone()
                     if j + size > stop:  # columns beyond this block still wait for its errors so far
-                        past = errors[:, : j - start] @ factor[start:j, stop : j + size]
-                        ahead[:, stop - j :] -= past
-                    scale[:, g], zero[:, g] = (p.flatten() for p in self._grid(ahead, spec))
-                q[:, j] = round_to_grid(w[:, j], scale[:, g], zero[:, g], spec)
-                error = (w[:, j] - q[:, j]) / factor[j, j]
-                w[:, j:stop] -= error[:, None] * factor[j, j:stop]
-                errors[:, j - start] = error
-            w[:, stop:] -= errors @ factor[start:stop, stop:]
-        return q[:, torch.argsort(order)]
+                        ahead[stop - j :] -= factor[start:j, stop : j + size].T @ errors[: j - start]
+                    scale[g], zero[g] = (p.flatten() for p in self._grid(ahead.T, spec))
+                q[j] = round_to_grid(wt[j], scale[g], zero[g], spec)
+                errors[j - start] = (wt[j] - q[j]) / factor[j, j]
+                wt[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
+            wt[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        return q[torch.argsort(order)].T
 
     @staticmethod
     def _grid(columns: Tensor, spec: QuantSpec) -> QParams:

@@ -48,6 +48,10 @@ class SmoothQuant(Algorithm):
             for link in block.family.links
             if link.source is not None and not isinstance(block[link.source], nn.Linear)
         ]
+        if not links:
+            raise NotImplementedError(
+                "SmoothQuant found no norm that feeds linear layers alone (post-norm blocks have none); use algo=rtn"
+            )
         for link, (x_max,) in block.observe(AbsMax, links=links).items():
             assert link.source is not None
             sinks = block.sinks(link)

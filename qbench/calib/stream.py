@@ -4,7 +4,7 @@ Only one block and one batch are on the accelerator at a time; hidden states wai
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Stream:
 
 
 class _Enough(Exception):
-    """Every observer of a batch has seen its input: the rest of the block need not run."""
+    """Whoever listens has heard all of a batch: the rest of the forward pass need not run."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ def first_inputs(
             if index == 0:
                 hidden.append(h.cpu())
             kwargs[index] = kw
+            if index == len(blocks) - 1:
+                raise _Enough  # the head's logits would be the largest tensor of the whole calibration
             return h
 
         return forward
@@ -157,7 +159,8 @@ def first_inputs(
         for index, block in enumerate(blocks):
             stubs.enter_context(_swapped(block, "forward", stub(index)))
         for batch in (*tokens.split(batch_size), tokens[:1]):
-            model(batch.to(model.device), use_cache=False)
+            with suppress(_Enough):
+                model(batch.to(model.device), use_cache=False)
     return Stream(torch.cat(hidden[:-1]), batch_size), kwargs
 
 

@@ -6,12 +6,14 @@ A corpus is looked for in this order: embedded; under `data.root` as one plain f
 
 import hashlib
 import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from qbench.errors import first_line
 from qbench.zoo import stdlib
 
 Use = Literal["calibration", "test"]
@@ -23,7 +25,6 @@ class Source:
 
     Attributes:
         splits: The hub split that serves each use.
-        data_files: Files within the repository, where the whole of it is too large; by split.
         join: Put between rows.
     """
 
@@ -32,19 +33,12 @@ class Source:
     splits: dict[Use, str]
     field: str = "text"
     join: str = "\n\n"
-    data_files: dict[str, str] | None = None
 
 
 # Protocols: perplexity joins the raw rows and tokenizes once (arXiv:2210.17323 and its repository).
 SOURCES = {
-    "wikitext2": Source(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "test": "test"}
-    ),
-    "ptb": Source(
-        "ptb-text-only/ptb_text_only", "penn_treebank", {"calibration": "train", "test": "test"},
-        field="sentence", join=" ",
-    ),
-}  # fmt: skip
+    "wikitext2": Source("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "test": "test"}),
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,11 @@ class Text:
 
 def known() -> list[str]:
     return [*stdlib.NAMES, *SOURCES]
+
+
+def versioned(name: str) -> str:
+    """The name as it stands in a job's identity: embedded text changes with the Python version."""
+    return f"{name}@{platform.python_version()}" if name.startswith("stdlib_") else name
 
 
 def plain_file(name: str, use: Use, root: Path) -> Path:
@@ -106,9 +105,7 @@ def _hub_rows(name: str, use: Use, root: Path | None) -> tuple[Sequence[str], st
     local = root / source.hub_id if root is not None else None
     place = str(local) if local is not None and local.is_dir() else source.hub_id
     try:
-        rows = datasets.load_dataset(
-            place, source.config, data_files=source.data_files, split=source.splits[use]
-        )
+        rows = datasets.load_dataset(place, source.config, split=source.splits[use])
     except Exception as error:  # the library raises its own kinds for a hub out of reach, and plain ones
         looked = (
             f"{plain_file(name, use, root)} (one JSON object a line, field {source.field!r}), {local}, "
@@ -117,7 +114,7 @@ def _hub_rows(name: str, use: Use, root: Path | None) -> tuple[Sequence[str], st
         )
         raise FileNotFoundError(
             f"corpus {name!r} ({use}) was not found: looked for {looked}the local hub cache and "
-            f"{source.hub_id} on the hub ({type(error).__name__}: {str(error).splitlines()[0]}); set data.root to "
+            f"{source.hub_id} on the hub ({first_line(error)}); set data.root to "
             "a folder that holds it, or use an embedded corpus: " + ", ".join(stdlib.NAMES)
         ) from error
     return rows[source.field], "hub layout" if place != source.hub_id else f"hub {source.hub_id}"

@@ -1,14 +1,16 @@
 """Text to tokens: calibration samples and evaluation windows."""
 
+import difflib
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qbench.data.corpora import Text, load_text
+from qbench.data.corpora import Text, known, load_text, versioned
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,16 @@ class CalibrationSet:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.name not in (choices := [*known(), "random"]):
+            near = difflib.get_close_matches(self.name, choices, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"calib.name is {self.name!r}; {hint}there are {', '.join(choices)}")
         for key in ("n_samples", "seq_len"):
             if getattr(self, key) < 1:
                 raise ValueError(f"calib.{key} is {getattr(self, key)}, it must be at least 1")
 
     def identity(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"name": versioned(self.name)}
 
     def tokens(self, tokenizer: Any, root: Path | None = None) -> Tensor:
         """`(n_samples, seq_len)` tokens; the same for the same fields, tokenizer and text.
@@ -54,6 +60,7 @@ class CalibrationSet:
         return torch.stack([row[start : start + self.seq_len] for start in starts.tolist()])
 
 
+@lru_cache(maxsize=32)
 def tokenize(text: Text, tokenizer: Any) -> Tensor:
     """The whole text in one call of the tokenizer, special tokens as it puts them; `(n_tokens,)`."""
     return tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]

@@ -12,28 +12,32 @@ from typing import Any
 from qbench.evaluate.result import NOTHING, Evaluation
 from qbench.zoo import tasks as embedded
 
+# `scored` is the lm-eval metric that these tasks call accuracy: for the multiple choice it is the choice whose
+# probability the context raises most (pointwise mutual information, Holtzman et al., arXiv:2104.08315), since
+# plain likelihood mostly says which passage has the commoner words.
 EMBEDDED: dict[str, dict[str, Any]] = {
     "stdlib_cloze": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{context}}",
         "doc_to_choice": "choices",
         "doc_to_target": "label",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "acc_mutual_info", "aggregation": "mean", "higher_is_better": True}],
     },
     "stdlib_copy": {
         "output_type": "generate_until",
         "doc_to_text": "{{context}}",
         "doc_to_target": "{{target}}",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 12},
-        "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [
-            {"name": "first_name", "filter": [{"function": "regex", "regex_pattern": r"(\w+)"}, {"function": "take_first"}]}
+            {
+                "name": "rest_of_identifier",
+                "filter": [{"function": "regex", "regex_pattern": r"^(\w+)"}, {"function": "take_first"}],
+            }
         ],
     },
-}  # fmt: skip
+}
 _DOCUMENTS = {"stdlib_cloze": embedded.cloze, "stdlib_copy": embedded.copying}
-# One name for "share of items that are right", so that tables need not know how a task is scored.
-_RENAMED = {"exact_match": "acc"}
 
 
 def check_names(names: tuple[str, ...]) -> None:
@@ -74,9 +78,10 @@ def _task(name: str) -> dict[str, Any]:
 def accuracy(
     model: Any, tokenizer: Any, names: tuple[str, ...], *, limit: int | None = None, batch_size: int = 8
 ) -> Evaluation:
-    """Every per-document metric of the named tasks, with standard errors over documents.
+    """Every metric of the named tasks that is a mean over documents, with its standard error.
 
-    Metrics are named `acc/<task>`, `acc_norm/<task>`, …
+    Metrics are named `acc/<task>`, `acc_norm/<task>`, `exact_match/<task>`, …; with the filter behind the
+    metric where a task has several (`exact_match-strict-match/gsm8k`).
     """
     if not names:
         return NOTHING
@@ -89,11 +94,27 @@ def accuracy(
     )  # fmt: skip
     evaluation = NOTHING
     for name, documents in results["samples"].items():
-        for metric in documents[0]["metrics"]:
-            values = [(d["doc_id"], d[metric]) for d in documents]
-            if all(isinstance(value, int | float) for _, value in values):
-                evaluation += _mean(f"{_RENAMED.get(metric, metric)}/{name}", values)
+        for metric, filter_ in _means(tasks[name], documents):
+            values = [(d["doc_id"], float(d[metric])) for d in documents if d["filter"] == filter_]
+            if name in EMBEDDED:
+                label = "acc"
+            elif len({d["filter"] for d in documents}) > 1:
+                label = f"{metric}-{filter_}"
+            else:
+                label = metric
+            evaluation += _mean(f"{label}/{name}", values)
     return evaluation
+
+
+def _means(task: Any, documents: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The (metric, filter) pairs that are means over documents; others cannot be made from single documents."""
+    aggregation = task.aggregation()
+    return [
+        (metric, filter_)
+        for filter_ in dict.fromkeys(d["filter"] for d in documents)
+        for metric in documents[0]["metrics"]
+        if getattr(aggregation.get(metric), "__name__", "") == "mean"
+    ]
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from qbench.evaluate.result import Evaluation
 
+_IGNORED = -100
+
 
 def window_nll(model: Any, tokens: Tensor, seq_len: int, batch_size: int) -> Tensor:
     """Mean negative log-likelihood (nats) of each window's tokens 2 to `seq_len`, `(n_windows,)`, float64.
@@ -21,10 +23,22 @@ def window_nll(model: Any, tokens: Tensor, seq_len: int, batch_size: int) -> Ten
     with torch.inference_mode():
         for batch in windows.split(batch_size):
             ids = batch.to(model.device)
-            logits = model(ids, use_cache=False).logits[:, :-1].float()
-            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            nll.append(losses.double().mean(1).cpu())
+            logits = model(ids, use_cache=False).logits.float()
+            # The last position predicts nothing. Marking it to be ignored spares a copy of the logits.
+            targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], _IGNORED)), dim=1)
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_IGNORED
+            )
+            nll.append((losses.view_as(ids).double().sum(1) / (seq_len - 1)).cpu())
     return torch.cat(nll)
+
+
+def check_length(name: str, tokens: Tensor, seq_len: int) -> None:
+    """Refuse a text of fewer than two windows, which has no standard error."""
+    if len(tokens) < 2 * seq_len:
+        raise ValueError(
+            f"{name} has {len(tokens)} tokens, fewer than two windows of {seq_len}; lower eval.seq_len"
+        )
 
 
 def perplexity(
@@ -34,7 +48,7 @@ def perplexity(
     *,
     seq_len: int,
     max_windows: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = 4,
 ) -> Evaluation:
     """`exp` of the mean window NLL, the protocol of the GPTQ repository, with its standard error.
 
@@ -46,10 +60,7 @@ def perplexity(
     """
     if max_windows is not None:
         tokens = tokens[: max_windows * seq_len]
-    if len(tokens) < 2 * seq_len:
-        raise ValueError(
-            f"{name} has {len(tokens)} tokens, fewer than two windows of {seq_len}; lower eval.seq_len"
-        )
+    check_length(name, tokens, seq_len)
     nll = window_nll(model, tokens, seq_len, batch_size)
     if not torch.isfinite(nll).all():
         raise FloatingPointError(

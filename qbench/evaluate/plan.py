@@ -1,14 +1,15 @@
 """What to evaluate: perplexity on these texts, accuracy on these tasks."""
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qbench.data.corpora import known, load_text
+from torch import Tensor
+
+from qbench.data.corpora import known, load_text, versioned
 from qbench.data.tokens import tokenize
-from qbench.evaluate.harness import EMBEDDED, accuracy, check_names
-from qbench.evaluate.perplexity import perplexity
+from qbench.evaluate.harness import accuracy, check_names
+from qbench.evaluate.perplexity import check_length, perplexity
 from qbench.evaluate.result import NOTHING, Evaluation
 
 
@@ -19,7 +20,7 @@ class EvalPlan:
     Attributes:
         ppl: Corpora, evaluated on windows of `seq_len` tokens, at most `max_windows` of them.
         tasks: lm-eval tasks, on at most `limit` documents each.
-        batch_size: Windows or requests run together; no part of a job's identity.
+        batch_size, task_batch_size: Windows and lm-eval requests run together; no part of a job's identity.
     """
 
     ppl: tuple[str, ...] = ()
@@ -27,7 +28,8 @@ class EvalPlan:
     seq_len: int = 2048
     max_windows: int | None = None
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int = 4
+    task_batch_size: int = 32
 
     def __post_init__(self) -> None:
         if not self.ppl and not self.tasks:
@@ -35,32 +37,47 @@ class EvalPlan:
         for name in self.ppl:
             if name not in known():
                 raise ValueError(f"eval.ppl names {name!r}, known corpora are {', '.join(known())}")
-        for key, least in (("seq_len", 2), ("max_windows", 2), ("limit", 2), ("batch_size", 1)):
+        for key, least in (
+            ("seq_len", 2),
+            ("max_windows", 2),
+            ("limit", 2),
+            ("batch_size", 1),
+            ("task_batch_size", 1),
+        ):
             if (value := getattr(self, key)) is not None and value < least:
                 raise ValueError(f"eval.{key} is {value}, it must be at least {least}")
         check_names(self.tasks)
 
     def identity(self) -> dict[str, Any]:
-        """What can change a number; the standard library's text changes with the Python version."""
-        python = platform.python_version()
+        """What can change a number."""
         return {
-            "ppl": [f"{n}@{python}" if n.startswith("stdlib_") else n for n in self.ppl],
-            "tasks": [f"{n}@{python}" if n in EMBEDDED else n for n in self.tasks],
+            "ppl": [versioned(name) for name in self.ppl],
+            "tasks": [versioned(name) for name in self.tasks],
             "seq_len": self.seq_len if self.ppl else None,
             "max_windows": self.max_windows if self.ppl else None,
             "limit": self.limit if self.tasks else None,
         }
 
+    def check(self, tokenizer: Any, root: Path | None = None) -> None:
+        """Refuse texts that are not there or too short; what is read here is kept.
+
+        Raises:
+            ValueError, FileNotFoundError: Saying which.
+        """
+        for name in self.ppl:
+            check_length(name, self._tokens(name, tokenizer, root), self.seq_len)
+
     def run(self, model: Any, tokenizer: Any, root: Path | None = None) -> Evaluation:
         result = NOTHING
         for name in self.ppl:
-            tokens = tokenize(load_text(name, "test", root), tokenizer)
             result += perplexity(
-                model,
-                name,
-                tokens,
-                seq_len=self.seq_len,
-                max_windows=self.max_windows,
-                batch_size=self.batch_size,
-            )
-        return result + accuracy(model, tokenizer, self.tasks, limit=self.limit, batch_size=self.batch_size)
+                model, name, self._tokens(name, tokenizer, root),
+                seq_len=self.seq_len, max_windows=self.max_windows, batch_size=self.batch_size,
+            )  # fmt: skip
+        return result + accuracy(
+            model, tokenizer, self.tasks, limit=self.limit, batch_size=self.task_batch_size
+        )
+
+    @staticmethod
+    def _tokens(name: str, tokenizer: Any, root: Path | None) -> Tensor:
+        return tokenize(load_text(name, "test", root), tokenizer)

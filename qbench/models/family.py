@@ -25,15 +25,12 @@ class Family:
     """Module names shared by the models of one architecture.
 
     Attributes:
-        embed, blocks, norm, head: Dotted paths from the model's root.
+        blocks: Dotted path of the decoder blocks from the model's root.
         links: The block's links in forward order; their sinks are the layers to quantize.
         query_key: The linear layers whose outputs meet in a product; clipping leaves them alone.
     """
 
-    embed: str
     blocks: str
-    norm: str
-    head: str
     links: tuple[Link, ...]
     query_key: tuple[str, ...]
 
@@ -44,10 +41,7 @@ class Family:
 
 
 LLAMA = Family(
-    embed="model.embed_tokens",
     blocks="model.layers",
-    norm="model.norm",
-    head="lm_head",
     links=(
         Link("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Link("self_attn.v_proj", ("self_attn.o_proj",)),
@@ -58,10 +52,7 @@ LLAMA = Family(
 )
 
 OPT = Family(
-    embed="model.decoder.embed_tokens",
     blocks="model.decoder.layers",
-    norm="model.decoder.final_layer_norm",
-    head="lm_head",
     links=(
         Link("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Link("self_attn.v_proj", ("self_attn.out_proj",)),

@@ -40,10 +40,6 @@ class QuantSpec:
                 "group_size must be set exactly when granularity is 'group', got "
                 f"granularity={self.granularity!r} and group_size={self.group_size}"
             )
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(
-                f"group_size is {self.group_size}, it must be positive; -1 means one group per row"
-            )
 
     @property
     def qmin(self) -> int:
@@ -90,7 +86,11 @@ class Scheme:
 
         Keys and values are asymmetric, one grid per token and head.
         """
-        group = None if group_size in (None, -1) else group_size
+        group = None if group_size == -1 else group_size
+        if group is not None and group < 1:
+            raise ValueError(
+                f"group_size is {group}, it must be positive; -1 means one group per output channel"
+            )
         return cls(
             None if wbits == 16 else QuantSpec(wbits, weight_symmetric, "group" if group else "row", group),
             None

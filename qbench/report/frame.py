@@ -5,14 +5,26 @@ from typing import Any
 
 import pandas as pd
 
-LABELS = ["model", "algo", "scheme", "wbits", "abits", "kvbits", "group_size", "calib", "seed"]
+from qbench.track import flatten
+
+LABELS = ["model", "algo", "scheme", "wbits", "abits", "kvbits"]
+_ALREADY_SHOWN = ("scheme", "evaluation.")
 
 
 def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row per job and metric: fingerprint, status, reason, the labels, then metric, value and stderr.
+    """One row per job and metric: fingerprint, status, reason, labels, setting, then metric, value, stderr.
 
-    A failed job has one row, without a metric.
+    `setting` says how a job differs from others of the same model, algorithm and scheme (a hyperparameter, the
+    calibration set, a seed), and is empty where none differs. Where records were evaluated in several ways, the
+    protocol is part of the metric's name, so that two protocols never share a column. A failed job has one
+    row, without a metric.
     """
+    records = list(records)
+    settings = _settings(records)
+    protocols: dict[str, set[str]] = {}
+    for record in records:
+        for name in record["metrics"]:
+            protocols.setdefault(name, set()).add(_protocol(record, name))
     rows = []
     for record in records:
         common = {
@@ -21,10 +33,49 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
             "reason": record.get("reason"),
         }
         common |= {label: record["labels"].get(label) for label in LABELS}
+        common |= {"setting": settings[record["fingerprint"]]}
         metrics = record["metrics"]
         named = [name for name in metrics if not name.endswith("_stderr")]
-        for name in named or [None]:
-            value, stderr = metrics.get(name), metrics.get(f"{name}_stderr")
-            rows.append(common | {"metric": name, "value": value, "stderr": stderr})
-    columns = ["fingerprint", "status", "reason", *LABELS, "metric", "value", "stderr"]
+        for name in named:
+            shown = name + (f" {_protocol(record, name)}" if len(protocols[name]) > 1 else "")
+            value, stderr = metrics[name], metrics.get(f"{name}_stderr")
+            rows.append(common | {"metric": shown.strip(), "value": value, "stderr": stderr})
+        if not named:
+            rows.append(common | {"metric": None, "value": None, "stderr": None})
+    columns = ["fingerprint", "status", "reason", *LABELS, "setting", "metric", "value", "stderr"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _protocol(record: dict[str, Any], metric: str) -> str:
+    """How a metric was taken: `[512 x 32]` is window length and most windows, `[limit 50]` most documents."""
+    how = record["identity"]["evaluation"]
+    kind, _, name = metric.partition("/")
+    if not name:
+        return ""
+    if kind == "ppl":
+        return f"[{how['seq_len']}{' x ' + str(how['max_windows']) if how['max_windows'] else ''}]"
+    return f"[limit {how['limit']}]" if how["limit"] else "[all]"
+
+
+def _settings(records: list[dict[str, Any]]) -> dict[str, str]:
+    """By fingerprint: what tells a job from the others of its model, algorithm and scheme."""
+    alike: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        labels = record["labels"]
+        key = tuple(str(labels[name]) for name in ("model", "algo", "scheme"))
+        flat = flatten(record["identity"])
+        flat = {k: v for k, v in flat.items() if not k.startswith(_ALREADY_SHOWN)}
+        flat["python"] = record["environment"]["versions"]["python"]  # embedded text changes with it
+        alike.setdefault(key, {})[record["fingerprint"]] = flat
+    found: dict[str, str] = {}
+    for group in alike.values():
+        keys = dict.fromkeys(key for flat in group.values() for key in flat)
+        differing = [key for key in keys if len({str(flat.get(key, "-")) for flat in group.values()}) > 1]
+        for fingerprint, flat in group.items():
+            found[fingerprint] = ", ".join(f"{_short(key)}={flat.get(key, '-')}" for key in differing)
+    return found
+
+
+def _short(key: str) -> str:
+    """`algorithm.steps.0.n_grid` -> `n_grid`, `calib.name` -> `calib`."""
+    return "calib" if key == "calib.name" else key.rpartition(".")[2]

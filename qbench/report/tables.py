@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qbench.report.frame import tidy
 
@@ -35,14 +36,13 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
         _fp=frame["algo"] != "fp", _w=-frame["wbits"], _a=-frame["abits"], _kv=-frame["kvbits"],
         _algo=frame["algo"].map(order),
     )  # fmt: skip
-    by = ["model", "_fp", "_w", "_a", "_kv", "scheme", "_algo", "calib", "seed"]
+    by = ["model", "_fp", "_w", "_a", "_kv", "scheme", "_algo", "setting"]
     return keys.sort_values(by, kind="stable").drop(columns=[c for c in by if c.startswith("_")])
 
 
 def _index(frame: pd.DataFrame) -> list[str]:
-    """Model, scheme and algorithm, and calibration and seed where they tell rows apart."""
-    varies = [c for c in ("calib", "seed") if frame[c].dropna().nunique() > 1]
-    return ["model", "scheme", "algo", *varies]
+    """Model, scheme and algorithm, and the setting where it tells rows apart."""
+    return ["model", "scheme", "algo", *(["setting"] if frame["setting"].any() else [])]
 
 
 def number(value: float, stderr: float | None = None) -> str:
@@ -69,7 +69,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, job in frame.groupby("fingerprint", sort=False):
         first = job.iloc[0]
-        row = {key: "" if pd.isna(first[key]) else first[key] for key in index}
+        row = {key: first[key] for key in index}
         by_metric = job.dropna(subset=["metric"]).set_index("metric")
         row["bits"] = number(by_metric["value"].get("bits_per_weight", float("nan")))
         for name in quality_metrics(frame):
@@ -88,9 +88,9 @@ def by_metric(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     frame = _ordered(frame)
     index = [key for key in _index(frame) if key != "scheme"]
     chosen = frame[(frame["metric"] == metric) | (frame["status"] == "failed")]
-    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
     for _, row in chosen.iterrows():
-        key = tuple("" if pd.isna(row[k]) else row[k] for k in index)
+        key = tuple(row[k] for k in index)
         failed = row["status"] == "failed"
         cell = f"failed: {row['reason']}" if failed else number(row["value"], row["stderr"])
         cells.setdefault(key, {})[row["scheme"]] = cell
@@ -103,7 +103,7 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the summary and one table per metric, each as CSV, Markdown and LaTeX."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"summary": summary(frame)}
-    tables |= {metric.replace("/", "-"): by_metric(frame, metric) for metric in quality_metrics(frame)}
+    tables |= {_file_name(metric): by_metric(frame, metric) for metric in quality_metrics(frame)}
     writers: dict[str, Callable[[pd.DataFrame], str]] = {
         "csv": lambda t: t.to_csv(index=False),
         "md": lambda t: t.to_markdown(index=False, disable_numparse=True) + "\n",
@@ -116,6 +116,11 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
             path.write_text(render(table), encoding="utf-8")
             paths.append(path)
     return paths
+
+
+def _file_name(metric: str) -> str:
+    """`ppl/docs [512 x 32]` -> `ppl-docs-512x32`."""
+    return "".join(c for c in metric.replace("/", "-").replace(" [", "-") if c not in " []")
 
 
 def _tex(value: Any) -> str:
@@ -132,10 +137,10 @@ def show(frame: pd.DataFrame, console: Console) -> None:
     shown = table.drop(columns=[c for c in hidden if c in table])
     grid = Table(box=None, header_style="bold", pad_edge=False)
     for column in shown.columns:
-        is_label = column in ("model", "scheme", "algo", "calib")
+        is_label = column in ("model", "scheme", "algo", "setting")
         grid.add_column(str(column), justify="left" if is_label else "right", overflow="fold")
     for row in shown.itertuples(index=False):
-        grid.add_row(*(str(value) for value in row))
+        grid.add_row(*(Text(str(value)) for value in row))  # as it is: a reason may hold [brackets]
     console.print(grid)
 
 

@@ -8,7 +8,6 @@ import difflib
 import itertools
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,9 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-CONF = Path(__file__).parents[1] / "conf"  # as a wheel has it
-if not CONF.is_dir():
-    CONF = Path(__file__).parents[2] / "conf"  # as the repository has it
+from qbench.errors import UsageError
+from qbench.sweep.shipped import CONF
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,32 @@ class Cell:
     problem: str | None = None
 
 
+def held_back(arguments: list[str]) -> list[str]:
+    """The arguments of a sweep with all that is ours packed into one for the sweeper.
+
+    Hydra would apply them to one config before it calls the sweeper, where `algo.damp=0.05` beside
+    `algo=rtn,gptq` is an error that ends the sweep; here it concerns the cells of one algorithm.
+    """
+    ours = [a for a in arguments if "=" in a and not a.lstrip("+~").startswith(("-", "hydra"))]
+    quoted = ",".join("'" + a.replace("\\", "\\\\").replace("'", "\\'") + "'" for a in ours)
+    return [a for a in arguments if a not in ours] + [f"hydra.sweeper.arguments=[{quoted}]"]
+
+
 def expand(arguments: list[str], loader: Any, master: DictConfig) -> list[Cell]:
-    """Every combination of the swept values, in the order in which they were written."""
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+    """Every combination of the swept values, in the order in which they were written.
+
+    Raises:
+        UsageError: If the arguments cannot be read, or leave no cell.
+    """
+    try:
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+    except HydraException as error:
+        raise UsageError(explain(error)) from error
     axes = [_values(override) for override in parsed]
+    if not all(axes):
+        raise UsageError(
+            "the grid is empty: " + ", ".join(a for a, v in zip(arguments, axes, strict=True) if not v)
+        )
     swept = [i for i, values in enumerate(axes) if len(values) > 1]
     return [
         _compose(" ".join(point[i] for i in swept), list(point), loader, master)
@@ -88,8 +108,6 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         return f"unknown key {key!r}; " + _nearest_key(key)
-    if match := re.search(r"Could not find|No match in the defaults list.*?'([^']*)'", text, re.S):
-        return f"unknown group {match[1]!r}; " + _nearest_key(str(match[1]))
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]} has several values; a grid is written `qbench -m {match[1]}`"
     if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
@@ -106,6 +124,8 @@ def _nearest_key(key: str) -> str:
     head, _, tail = key.partition(".")
     if tail and head in groups:
         inner = {str(k) for path in (CONF / head).glob("*.yaml") for k in OmegaConf.load(path)}
+        if tail in inner:
+            return f"the chosen {head} has no {tail}"
         near = difflib.get_close_matches(tail, sorted(inner), n=2, cutoff=0.5)
         return (f"did you mean {' or '.join(f'{head}.{n}' for n in near)}? " if near else "") + (
             f"{head} has {', '.join(sorted(inner - {'_target_'}))}; write +{key}=... to add a key"

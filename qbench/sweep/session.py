@@ -1,13 +1,15 @@
 """From cells to records: plan, skip what is done, run the rest, mirror, and say what came of it."""
 
+import contextlib
+import ctypes
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from qbench.errors import UsageError, first_line
 from qbench.job import Job, ModelCache, run
 from qbench.report.tables import print_summary
 from qbench.sweep.grid import Cell
@@ -39,18 +41,23 @@ def run_cells(cells: list[Cell], *, is_sweep: bool) -> int:
     if not settings:
         return _refuse(problems, is_sweep)
     first = settings[0][1]
+    if any((other.results, other.tracker) != (first.results, first.tracker) for _, other in settings):
+        raise UsageError("results and tracker are one for a whole sweep; give each a single value")
     store = RecordStore(first.results)
-    store.prepare()
+    try:
+        store.prepare()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     plan = make_plan(settings, store, is_sweep=is_sweep)
     plan.problems[:0] = problems
     if plan.problems:
         _refuse(plan.problems, is_sweep)
     if not plan.jobs:
         return BAD_INPUT
-    sweep = store.open_sweep(" ".join(["qbench", *sys.argv[1:]]), plan.jobs) if is_sweep else None
+    if is_sweep:
+        store.open_sweep(" ".join(["qbench", *sys.argv[1:]]), plan.jobs)
     with Progress(len(plan.jobs), len(plan.jobs) - len(plan.todo)) as progress:
-        mirror = _open_mirror(first.tracker, store) if plan.todo else None
-        _run_jobs(plan.todo, store, sweep, mirror, progress)
+        _run_jobs(plan, store, first, progress)
     return _conclude(plan, store, first)
 
 
@@ -67,7 +74,7 @@ def _read(cells: Iterable[Cell]) -> tuple[list[tuple[str, Settings]], list[tuple
     return settings, problems
 
 
-def make_plan(settings: Iterable[tuple[str, Settings]], store: RecordStore, *, is_sweep: bool) -> Plan:
+def make_plan(settings: list[tuple[str, Settings]], store: RecordStore, *, is_sweep: bool) -> Plan:
     """Build, check and de-duplicate the jobs; what is recorded need not be checked again.
 
     A sweep also gets the floating-point model of each of its cells, first, unless `baseline=false`.
@@ -91,26 +98,44 @@ def make_plan(settings: Iterable[tuple[str, Settings]], store: RecordStore, *, i
         plan.jobs[job.fingerprint] = job
         plan.todo += [job] if todo else []
     fresh = {f: job for f, job in baselines.items() if f not in plan.jobs}
+    again = {name for name, cell in settings if cell.force}
+    plan.todo = [job for f, job in fresh.items() if again or not store.is_done(f)] + plan.todo
     plan.jobs = fresh | plan.jobs
-    plan.todo = [job for f, job in fresh.items() if not store.is_done(f)] + plan.todo
+    # One model is held in memory at a time: its jobs follow one another.
+    models = list(dict.fromkeys(job.model for job in plan.todo))
+    plan.todo.sort(key=lambda job: models.index(job.model))
     return plan
 
 
-def _run_jobs(
-    jobs: list[Job], store: RecordStore, sweep: str | None, mirror: MLflowMirror | None, progress: Progress
-) -> None:
+def _run_jobs(plan: Plan, store: RecordStore, settings: Settings, progress: Progress) -> None:
+    keep_freed_memory()
+    marks = _Marks(store, settings.tracker)
+    pending = [r for f in plan.jobs if not marks.has(f) and (r := store.read(f)) is not None]
+    mirror = _open_mirror(settings.tracker, store) if plan.todo or pending else None
     models = ModelCache()
-    for job in jobs:
+    for job in plan.todo:
         torch.manual_seed(0)
         with progress.job(job.title) as reporter:
             outcome = run(job, models, reporter)
-        outcome.record["sweep"] = sweep
         store.write(outcome.record, outcome.samples)
         progress.finished(outcome.record)
-        if mirror is not None:
-            _mirror(mirror, [outcome.record])
-    if mirror is not None and sweep:
-        _guarded(lambda: mirror.finish(sweep))
+        mirror = _mirror(mirror, [outcome.record], marks)
+    _mirror(mirror, [r for f in plan.jobs if (r := store.read(f)) is not None], marks)
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Which records a tracker is known to hold: a file beside each, so that doing nothing needs no MLflow."""
+
+    store: RecordStore
+    tracker: TrackerSettings
+
+    def has(self, fingerprint: str) -> bool:
+        path = self.store.path(fingerprint) / "mirrored"
+        return self.tracker.uri is None or (path.is_file() and path.read_text() == self.tracker.uri)
+
+    def add(self, fingerprint: str) -> None:
+        (self.store.path(fingerprint) / "mirrored").write_text(str(self.tracker.uri))
 
 
 def _open_mirror(tracker: TrackerSettings, store: RecordStore) -> MLflowMirror | None:
@@ -124,42 +149,55 @@ def _open_mirror(tracker: TrackerSettings, store: RecordStore) -> MLflowMirror |
         )
     except Exception as error:  # whatever the tracking server's trouble is, the sweep goes on
         _complain(
-            f"MLflow at {tracker.uri} is out of reach ({_first_line(error)}); `qbench sync` mirrors later"
+            f"MLflow at {tracker.uri} is out of reach ({first_line(error)}); `qbench sync` mirrors later"
         )
     return None
 
 
-def _mirror(mirror: MLflowMirror, records: Iterable[Record]) -> int:
-    return sum(bool(_guarded(lambda record=record: mirror.mirror(record))) for record in records)
-
-
-def _guarded(action: Any) -> Any:
-    try:
-        return action()
-    except Exception as error:  # as above: the record is safe, the mirror can be made later
-        _complain(f"MLflow: {_first_line(error)}; `qbench sync` mirrors later")
+def _mirror(mirror: MLflowMirror | None, records: list[Record], marks: _Marks) -> MLflowMirror | None:
+    """Copy records; returns the mirror, or `None` from its first failure on: a dead server costs minutes a call."""
+    if mirror is None:
         return None
+    try:
+        mirror.mirror_all(records)
+    except Exception as error:  # as above: the records are safe, the mirror can be made later
+        _complain(f"MLflow: {first_line(error)}; `qbench sync` mirrors later")
+        return None
+    for record in records:
+        marks.add(record["fingerprint"])
+    return mirror
 
 
 def sync(results: Path, tracker: TrackerSettings) -> int:
     """Mirror every record that MLflow does not hold yet; returns how many.
 
     Raises:
-        ValueError: If there is nothing to mirror to, or no record.
+        UsageError: If there is nothing to mirror, nowhere to mirror it to, or MLflow does not answer.
     """
     store = RecordStore(results)
     records = list(store.all())
     if not records:
-        raise ValueError(
+        raise UsageError(
             f"no records under {str(store.records)!r}; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
         )
     if tracker.uri is None:
-        raise ValueError("tracker=none has nowhere to mirror to; use tracker=mlflow or set tracker.uri=")
-    mirror = MLflowMirror(tracker.uri, tracker.experiment, store)
-    count = sum(mirror.mirror(record) for record in records)
-    for sweep in {record["sweep"] for record in records if record.get("sweep")}:
-        mirror.finish(sweep)
-    return count
+        raise UsageError("tracker=none has nowhere to mirror to; use tracker=mlflow or set tracker.uri=")
+    try:
+        return MLflowMirror(tracker.uri, tracker.experiment, store).mirror_all(records)
+    except Exception as error:
+        raise UsageError(f"MLflow at {tracker.uri} could not be written ({first_line(error)})") from error
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library to keep what is freed: large tensors would otherwise be mapped and zeroed anew each time.
+
+    It is worth a quarter of an evaluation's time on a CPU (`benchmarks/README.md`). Only glibc has the call.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_threshold, 32 << 20)  # the most it takes
+        mallopt(m_trim_threshold, 256 << 20)
 
 
 def _conclude(plan: Plan, store: RecordStore, settings: Settings) -> int:
@@ -184,7 +222,3 @@ def _refuse(problems: Iterable[tuple[str, str]], is_sweep: bool) -> int:
 
 def _complain(message: str) -> None:
     print(f"qbench: {message}", file=sys.stderr)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,6 +1,5 @@
 """The config of one job, checked: from plain values to the objects of the house."""
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qbench.algorithms.base import Algorithm
 from qbench.algorithms.fp import FloatingPoint
-from qbench.data.corpora import known
 from qbench.data.tokens import CalibrationSet
 from qbench.engine import needs_data
 from qbench.evaluate.plan import EvalPlan
@@ -27,7 +25,7 @@ class ModelSettings(_Strict):
     id: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn: str = "sdpa"
+    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
 
 
@@ -44,7 +42,8 @@ class EvalSettings(_Strict):
     seq_len: int = 2048
     max_windows: int | None = None
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int = 4
+    task_batch_size: int = 32
 
 
 class DataSettings(_Strict):
@@ -116,29 +115,16 @@ class Settings(_Strict):
         scheme = Scheme() if isinstance(algorithm, FloatingPoint) else self.scheme()
         calib = None
         if needs_data(algorithm, scheme):
-            if self.calib.name not in (*known(), "random"):
-                near = difflib.get_close_matches(self.calib.name, known(), n=1)
-                raise ValueError(
-                    f"calib.name is {self.calib.name!r}, known are {', '.join([*known(), 'random'])}"
-                    + (f"; did you mean {near[0]}?" if near else "")
-                )
             calib = CalibrationSet(**self.calib.model_dump(), seed=self.seed)
         evaluation = self.eval.model_dump() | {"ppl": tuple(self.eval.ppl), "tasks": tuple(self.eval.tasks)}
-        job = Job(
-            self._model(),
-            self.algo_name,
-            algorithm,
-            scheme,
-            calib,
-            EvalPlan(**evaluation),
-            self.device,
-            self.data.root,
-        )
         if scheme.is_float and not isinstance(algorithm, FloatingPoint):
             raise ValueError(
-                f"algo={self.algo_name} has nothing to quantize at w16a16; set wbits, abits or kvbits, or algo=fp"
+                f"algo={self.algo_name} has nothing to quantize at w16a16; set wbits, abits or kvbits"
             )
-        return job
+        return Job(
+            self._model(), self.algo_name, algorithm, scheme, calib, EvalPlan(**evaluation),
+            self.device, self.data.root, self.model_dump(mode="json"),
+        )  # fmt: skip
 
     def floating_point(self) -> Job:
         """The job of the unquantized model with the same evaluation."""
@@ -166,4 +152,9 @@ def build_algorithm(name: str, config: dict[str, Any]) -> Algorithm:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"algo={name}: {str(cause).splitlines()[0]}") from error
+        kind = (
+            "a hyperparameter has a value of the wrong type: "
+            if "not supported between" in str(cause)
+            else ""
+        )
+        raise ValueError(f"algo={name}: {kind}{' '.join(str(cause).split())}") from error

@@ -156,7 +156,9 @@ def _code(source: str, module: str) -> list[str]:
     """The source without docstrings, in pieces that begin at the left margin after a blank line."""
     if module == "pydoc_data.topics":
         return []
-    lines: list[str | None] = list(source.split("\n"))  # as ast counts them; splitlines() also ends at form feeds
+    lines: list[str | None] = list(
+        source.split("\n")
+    )  # as ast counts them; splitlines() also ends at form feeds
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
             first, last = node.body[0].lineno - 1, node.body[0].end_lineno

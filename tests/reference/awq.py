@@ -9,7 +9,7 @@ from .gptq import grid, snap
 def best_scale(w: Tensor, x: Tensor, bits: int, size: int, n_grid: int) -> Tensor:
     magnitude, best = x.abs().mean(0), (float("inf"), torch.ones(x.shape[1], dtype=x.dtype))
     for i in range(n_grid):
-        s = magnitude.clamp(min=1e-4) ** (i / n_grid)
+        s = (magnitude ** (i / n_grid)).clamp(min=1e-4)
         s = s / (s.max() * s.min()) ** 0.5
         ws = w * s
         scale, zero = (p.repeat_interleave(size, 1) for p in grid(ws, bits, size))
