@@ -38,7 +38,7 @@ def main() -> None:
     try:
         if arguments and arguments[0] in COMMANDS:
             sys.exit(COMMANDS[arguments[0]](arguments[1:]))
-        _run()
+        sys.exit(_run())
     except KeyboardInterrupt:
         sys.exit(130)
     except UsageError as error:
@@ -56,7 +56,7 @@ def _silence(verbose: bool) -> None:
     logging.basicConfig(level=logging.ERROR)
 
 
-def _run() -> None:
+def _run() -> int:
     """`qbench key=value …` and `qbench -m …`, through Hydra."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -64,7 +64,7 @@ def _run() -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from qbench.sweep.grid import Cell, explain, held_back, plain
+    from qbench.sweep.grid import Cell, cell_of, explain, held_back
     from qbench.sweep.shipped import CONF
     from qbench.sweep.study import unfold
 
@@ -73,18 +73,21 @@ def _run() -> None:
         sys.argv[1:] = held_back(sys.argv[1:])
     # Hydra would print its own report and exit with 1; raise instead, and say it in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    cells: list[Cell] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def one(config: DictConfig) -> None:
-        from qbench.sweep.session import run_cells
-
-        algo = HydraConfig.get().runtime.choices["algo"]
-        sys.exit(run_cells([Cell("", plain(config, algo))], is_sweep=False))
+    def compose(config: DictConfig) -> None:
+        cells.append(cell_of("", config, HydraConfig.get().runtime.choices["algo"]))
 
     try:
-        one()
+        compose()
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain(error)) from error
+    if not cells:  # --help, --cfg and the like
+        return 0
+    from qbench.sweep.session import run_cells
+
+    return run_cells(cells, is_sweep=False)
 
 
 def _options(arguments: list[str]) -> tuple[Path, dict[str, Any]]:

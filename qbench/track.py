@@ -152,7 +152,7 @@ class MLflowMirror:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow.tracking import MlflowClient
 
-        self._store, self._client = store, MlflowClient(tracking_uri=uri)
+        self._store, self._client = store, MlflowClient(tracking_uri=_absolute(uri))
         found = self._client.get_experiment_by_name(experiment)
         if found is not None:
             self._experiment = found.experiment_id
@@ -266,6 +266,12 @@ class MLflowMirror:
         if inputs:
             self._client.log_inputs(run_id, datasets=inputs)
         self._client.log_artifacts(run_id, str(self._store.path(record["fingerprint"])))
+
+
+def _absolute(uri: str) -> str:
+    """A local database by its full path: MLflow keeps connections by URI, whatever the working folder is by then."""
+    prefix = "sqlite:///"
+    return prefix + str(Path(uri.removeprefix(prefix)).resolve()) if uri.startswith(prefix) else uri
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qbench.errors import UsageError
 from qbench.sweep.shipped import CONF
@@ -76,18 +76,32 @@ def _values(override: Override) -> list[str]:
 def _compose(name: str, overrides: list[str], loader: Any, master: DictConfig) -> Cell:
     try:
         config = loader.load_sweep_config(master, overrides)
-        return Cell(name, plain(config, config.hydra.runtime.choices.algo))
     except (HydraException, OmegaConfBaseException) as error:
+        return Cell(name, problem=explain(error))
+    return cell_of(name, config, config.hydra.runtime.choices.algo)
+
+
+def cell_of(name: str, config: DictConfig, algo: str) -> Cell:
+    """A composed config as a cell; `algo` is the name of the chosen algorithm."""
+    try:
+        return Cell(name, plain(config, algo))
+    except OmegaConfBaseException as error:
         return Cell(name, problem=explain(error))
 
 
 def plain(config: DictConfig, algo: str) -> dict[str, Any]:
     """The config as plain values, with the name of the chosen algorithm beside its settings."""
-    # Hydra's own part stays out: it holds interpolations that only Hydra can resolve.
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()} | {"algo_name": algo}
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "hydra":  # it holds interpolations that only Hydra can resolve
+            continue
+        if not OmegaConf.is_config(value):
+            values[str(key)] = value
+            continue
+        for missing in sorted(OmegaConf.missing_keys(value)):
+            raise MissingMandatoryValue(f"Missing mandatory value: {key!s}.{missing}")
+        values[str(key)] = OmegaConf.to_container(value, resolve=True)
+    return values | {"algo_name": algo}
 
 
 def explain(error: Exception) -> str:
