@@ -12,13 +12,21 @@ from qbench.evaluate.result import Evaluation
 _IGNORED = -100
 
 
-def window_nll(model: Any, tokens: Tensor, seq_len: int, batch_size: int) -> Tensor:
-    """Mean negative log-likelihood (nats) of each window's tokens 2 to `seq_len`, `(n_windows,)`, float64.
+def windows_of(tokens: Tensor, seq_len: int, most: int | None = None) -> Tensor:
+    """Consecutive windows without overlap, `(n_windows, seq_len)`; a shorter last one is dropped.
 
-    Windows follow one another without overlap; a shorter last one is dropped.
+    Where there are more than `most`, that many are taken, evenly spread: the first ones would be about one subject.
     """
     n_windows = len(tokens) // seq_len
     windows = tokens[: n_windows * seq_len].view(n_windows, seq_len)
+    if most is None or most >= n_windows:
+        return windows
+    return windows[torch.linspace(0, n_windows - 1, most).round().long()]
+
+
+def window_nll(model: Any, windows: Tensor, batch_size: int) -> Tensor:
+    """Mean negative log-likelihood (nats) of each window's tokens after its first, `(n_windows,)`, float64."""
+    seq_len = windows.shape[1]
     nll = []
     with torch.inference_mode():
         for batch in windows.split(batch_size):
@@ -58,10 +66,8 @@ def perplexity(
         ValueError: If the text is shorter than two windows.
         FloatingPointError: If a window's NLL is not finite.
     """
-    if max_windows is not None:
-        tokens = tokens[: max_windows * seq_len]
     check_length(name, tokens, seq_len)
-    nll = window_nll(model, tokens, seq_len, batch_size)
+    nll = window_nll(model, windows_of(tokens, seq_len, max_windows), batch_size)
     if not torch.isfinite(nll).all():
         raise FloatingPointError(
             f"ppl/{name}: {int((~torch.isfinite(nll)).sum())} of {len(nll)} windows are NaN or inf"

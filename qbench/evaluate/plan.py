@@ -18,7 +18,7 @@ class EvalPlan:
     """The evaluations of a job.
 
     Attributes:
-        ppl: Corpora, evaluated on windows of `seq_len` tokens, at most `max_windows` of them.
+        ppl: Corpora, evaluated on windows of `seq_len` tokens, at most `max_windows` of them, evenly spread.
         tasks: lm-eval tasks, on at most `limit` documents each.
         batch_size, task_batch_size: Windows and lm-eval requests run together; no part of a job's identity.
     """

@@ -3,15 +3,15 @@
 Keys and values are reached through transformers' attention registry, so that one function serves
 every architecture, and generation through a cache as well: the cache keeps what was computed, and
 attention reads it quantized. Keys arrive after the rotary embedding.
+
+transformers takes seconds to import; it is imported where it is used, so that a command whose jobs are all
+recorded does not wait for it.
 """
 
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qbench.quant.affine import QParams, fake_quantize
 from qbench.quant.scheme import QuantSpec
@@ -41,6 +41,7 @@ def quantize_kv(model: Any, spec: QuantSpec) -> None:
             f"the model runs attention {model.config._attn_implementation!r}, KV quantization needs 'sdpa'; "
             "set model.attn=sdpa"
         )
+    _register()
     model.set_attn_implementation(KV_ATTENTION)
     for module in model.modules():
         _kv_specs[module] = spec
@@ -51,9 +52,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     spec = _kv_specs[module]
     key, value = fake_quantize(key, spec), fake_quantize(value, spec)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-# Both are needed: without a mask of its own an unknown attention gets none, and is not causal in a batch.
-AttentionInterface.register(KV_ATTENTION, _attention)
-AttentionMaskInterface.register(KV_ATTENTION, sdpa_mask)
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    # Both are needed: without a mask of its own an unknown attention gets none, and is not causal in a batch.
+    AttentionInterface.register(KV_ATTENTION, _attention)
+    AttentionMaskInterface.register(KV_ATTENTION, sdpa_mask)

@@ -1,6 +1,7 @@
 """Models by hub id, by local folder in the hub's layout, or embedded (`zoo/micro-llama`).
 
-Weights come from safetensors only, and remote code runs only when it was asked for.
+Weights come from safetensors only, and remote code runs only when it was asked for. transformers is imported
+where it is used: it takes seconds, for which a command whose jobs are all recorded should not wait.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qbench.errors import first_line
 from qbench.models.family import family_of
@@ -109,6 +109,8 @@ class ModelRef:
 
     def load(self) -> Any:
         """The model on the CPU, in evaluation mode."""
+        from transformers import AutoModelForCausalLM
+
         model = AutoModelForCausalLM.from_pretrained(
             **self._source,
             dtype=getattr(torch, self.dtype),
@@ -118,10 +120,14 @@ class ModelRef:
         return model.eval().requires_grad_(False)
 
     def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(**self._source)
 
     def skeleton(self) -> Any:
         """The model without weights, on the `meta` device: names and shapes only."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         try:
             config = AutoConfig.from_pretrained(**self._source)
         except OSError as error:
