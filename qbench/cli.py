@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help`, `--cfg job` and completion ans
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,6 +35,7 @@ def main() -> None:
     verbose = bool({"-v", "--verbose"} & set(arguments))
     arguments = [a for a in arguments if a not in ("-v", "--verbose")]
     sys.argv[1:] = arguments
+    os.environ["QBENCH_COMMAND"] = shlex.join(["qbench", *arguments])  # for records; argv is about to change
     _silence(verbose)
     try:
         if arguments and arguments[0] in COMMANDS:

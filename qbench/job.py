@@ -6,9 +6,9 @@ import gc
 import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -199,7 +199,7 @@ def run(job: Job, models: ModelCache, reporter: Reporter | None = None) -> Outco
         "fingerprint": job.fingerprint,
         "labels": job.labels,
         "identity": job.identity(),
-        "environment": environment(),
+        "environment": environment() | {"command": command()},
         "device": device_name(job.device),
         "config": job.settings,
         "started": started.isoformat(),
@@ -304,7 +304,12 @@ def environment() -> dict[str, Any]:
     for package in ("qbench", "torch", "transformers", "lm_eval", "datasets", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    return {"versions": versions, "git_commit": _git_commit(), "command": " ".join(["qbench", *sys.argv[1:]])}
+    return {"versions": versions, "git_commit": _git_commit()}
+
+
+def command() -> str:
+    """What the user typed."""
+    return os.environ.get("QBENCH_COMMAND", "not started by the command line")
 
 
 def _git_commit() -> str | None:

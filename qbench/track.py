@@ -205,12 +205,10 @@ class MLflowMirror:
         self._children[fingerprint] = (run_id, finished)
         return True
 
-    def mirror_all(self, records: Iterable[Record]) -> int:
-        """Copy what is not there yet, close the sweeps' parent runs, and say how many were copied."""
-        count = sum(self.mirror(record) for record in records)
+    def close(self) -> None:
+        """Mark the sweeps' parent runs as finished."""
         for run_id, _ in self._parents.values():
             self._client.set_terminated(run_id, "FINISHED")
-        return count
 
     def _create(self, record: Record) -> str:
         labels, environment = record["labels"], record["environment"]

@@ -52,6 +52,7 @@ def test_one_job_leaves_one_record_and_shows_a_table(qbench, capfd):
     assert wanted <= record["metrics"].keys()
     assert len(record["block_errors"]) == 4
     assert len(record["data"]["calib/stdlib_docs"]["sha256"]) == 64
+    assert record["environment"]["command"].startswith("qbench algo=gptq wbits=3 model=nano-llama")
     assert {"torch", "transformers", "qbench"} <= record["environment"]["versions"].keys()
     out = capfd.readouterr().out
     assert "w3a16g128" in out

@@ -97,9 +97,10 @@ def test_the_mirror_holds_parent_and_child_once(store, tmp_path):
     store.write(RECORD, SAMPLES)
 
     mirror = MLflowMirror(uri, "qbench", store)
-    assert mirror.mirror_all([RECORD]) == 1
-    assert mirror.mirror_all([RECORD]) == 0
-    assert MLflowMirror(uri, "qbench", store).mirror_all([RECORD]) == 0, "a new process finds what is there"
+    assert mirror.mirror(RECORD)
+    assert not mirror.mirror(RECORD)
+    mirror.close()
+    assert not MLflowMirror(uri, "qbench", store).mirror(RECORD), "a new process finds what is there"
 
     client, runs = runs_of(uri)
     parent = next(r for r in runs if "qbench.sweep_parent" in r.data.tags)
@@ -148,7 +149,7 @@ def test_a_run_cut_off_in_the_middle_is_made_again(store, tmp_path, monkeypatch)
         with pytest.raises(ZeroDivisionError):
             mirror.mirror(RECORD)
     assert [r.info.status for r in runs_of(uri)[1]] == ["RUNNING"]
-    assert MLflowMirror(uri, "qbench", store).mirror_all([RECORD]) == 1
+    assert MLflowMirror(uri, "qbench", store).mirror(RECORD)
     assert [r.info.status for r in runs_of(uri)[1]] == ["FINISHED"]
 
 

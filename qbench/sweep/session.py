@@ -3,14 +3,15 @@
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from qbench.errors import UsageError, first_line
-from qbench.job import Job, ModelCache, run
+from qbench.job import Job, ModelCache, command, run
 from qbench.report.tables import print_summary
 from qbench.sweep.grid import Cell
 from qbench.sweep.progress import Progress
@@ -55,7 +56,7 @@ def run_cells(cells: list[Cell], *, is_sweep: bool) -> int:
     if not plan.jobs:
         return BAD_INPUT
     if is_sweep:
-        store.open_sweep(" ".join(["qbench", *sys.argv[1:]]), plan.jobs)
+        store.open_sweep(command(), plan.jobs)
     with Progress(len(plan.jobs), len(plan.jobs) - len(plan.todo)) as progress:
         _run_jobs(plan, store, first, progress)
     return _conclude(plan, store, first)
@@ -109,8 +110,8 @@ def make_plan(settings: list[tuple[str, Settings]], store: RecordStore, *, is_sw
 
 def _run_jobs(plan: Plan, store: RecordStore, settings: Settings, progress: Progress) -> None:
     keep_freed_memory()
-    marks = _Marks(store, settings.tracker)
-    pending = [r for f in plan.jobs if not marks.has(f) and (r := store.read(f)) is not None]
+    marks = _Marks(store.root / "mirrored", settings.tracker)
+    pending = [r for f in plan.jobs if (r := store.read(f)) is not None and not marks.has(r)]
     mirror = _open_mirror(settings.tracker, store) if plan.todo or pending else None
     models = ModelCache()
     for job in plan.todo:
@@ -120,22 +121,27 @@ def _run_jobs(plan: Plan, store: RecordStore, settings: Settings, progress: Prog
         store.write(outcome.record, outcome.samples)
         progress.finished(outcome.record)
         mirror = _mirror(mirror, [outcome.record], marks)
-    _mirror(mirror, [r for f in plan.jobs if (r := store.read(f)) is not None], marks)
+    if mirror := _mirror(mirror, pending, marks):
+        _guarded(mirror.close)
 
 
 @dataclass(frozen=True)
 class _Marks:
-    """Which records a tracker is known to hold: a file beside each, so that doing nothing needs no MLflow."""
+    """Which records a tracker is known to hold: a file for each, so that doing nothing needs no MLflow."""
 
-    store: RecordStore
+    folder: Path
     tracker: TrackerSettings
 
-    def has(self, fingerprint: str) -> bool:
-        path = self.store.path(fingerprint) / "mirrored"
-        return self.tracker.uri is None or (path.is_file() and path.read_text() == self.tracker.uri)
+    def has(self, record: Record) -> bool:
+        path = self.folder / record["fingerprint"]
+        return self.tracker.uri is None or (path.is_file() and path.read_text() == self._text(record))
 
-    def add(self, fingerprint: str) -> None:
-        (self.store.path(fingerprint) / "mirrored").write_text(str(self.tracker.uri))
+    def add(self, record: Record) -> None:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / record["fingerprint"]).write_text(self._text(record))
+
+    def _text(self, record: Record) -> str:
+        return f"{record['finished']} {self.tracker.uri}\n"
 
 
 def _open_mirror(tracker: TrackerSettings, store: RecordStore) -> MLflowMirror | None:
@@ -156,16 +162,22 @@ def _open_mirror(tracker: TrackerSettings, store: RecordStore) -> MLflowMirror |
 
 def _mirror(mirror: MLflowMirror | None, records: list[Record], marks: _Marks) -> MLflowMirror | None:
     """Copy records; returns the mirror, or `None` from its first failure on: a dead server costs minutes a call."""
-    if mirror is None:
-        return None
-    try:
-        mirror.mirror_all(records)
-    except Exception as error:  # as above: the records are safe, the mirror can be made later
-        _complain(f"MLflow: {first_line(error)}; `qbench sync` mirrors later")
-        return None
-    for record in records:
-        marks.add(record["fingerprint"])
+    for record in records if mirror else ():
+        assert mirror is not None
+        if not _guarded(partial(mirror.mirror, record)):
+            return None
+        marks.add(record)
     return mirror
+
+
+def _guarded(action: Callable[[], object]) -> bool:
+    """Whether MLflow did what it was asked to. If not, the records are safe, and the mirror can be made later."""
+    try:
+        action()
+    except Exception as error:
+        _complain(f"MLflow: {first_line(error)}; `qbench sync` mirrors later")
+        return False
+    return True
 
 
 def sync(results: Path, tracker: TrackerSettings) -> int:
@@ -183,9 +195,14 @@ def sync(results: Path, tracker: TrackerSettings) -> int:
     if tracker.uri is None:
         raise UsageError("tracker=none has nowhere to mirror to; use tracker=mlflow or set tracker.uri=")
     try:
-        return MLflowMirror(tracker.uri, tracker.experiment, store).mirror_all(records)
+        mirror = MLflowMirror(tracker.uri, tracker.experiment, store)
+        count = sum(mirror.mirror(record) for record in records)
+        mirror.close()
+    except ModuleNotFoundError as error:
+        raise UsageError("MLflow is not installed; `pip install mlflow`") from error
     except Exception as error:
         raise UsageError(f"MLflow at {tracker.uri} could not be written ({first_line(error)})") from error
+    return count
 
 
 def keep_freed_memory() -> None:
