@@ -99,11 +99,20 @@ def test_every_table_is_written_in_every_format(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "stderr", "text"),
-    [(12.3456, 0.25, "12.35 ± 0.25"), (12.3456, 0.01, "12.346 ± 0.010"), (3132.5, 29.1, "3132.5 ± 29.1"),
+    [(12.3456, 0.25, "12.35 ± 0.25"), (12.3456, 0.005, "12.346 ± 0.005"), (0.8281, 0.0476, "0.83 ± 0.05"),
+     (3132.5, 29.1, "3132.5 ± 29.1"),
      (0.01234, None, "0.0123"), (1234.5, None, "1234"), (float("nan"), None, "")],
 )  # fmt: skip
 def test_numbers_show_the_digits_that_mean_something(value, stderr, text):
     assert number(value, stderr) == text
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_no_number_is_cut_short_in_a_narrow_terminal(width, capsys):
+    show(tidy(RECORDS), Console(width=width))
+    out = capsys.readouterr().out
+    assert "12.50 ± 0.25" in out
+    assert "0.50 ± 0.04" in out
 
 
 def test_no_records_make_an_empty_table():

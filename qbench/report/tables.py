@@ -18,7 +18,7 @@ COSTS = {
     "peak_mem_eval_mb": "eval peak MB",
     "peak_device_mem_calib_mb": "device peak MB",
 }
-_SHOWN = ("calib s", "eval s", "calib peak MB")  # in the terminal; files have all costs
+_SHOWN = ("calib s",)  # in the terminal; files have all costs
 
 
 def quality_metrics(frame: pd.DataFrame) -> list[str]:
@@ -51,7 +51,7 @@ def number(value: float, stderr: float | None = None) -> str:
         return ""
     if stderr is None or pd.isna(stderr):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    digits = 3 if stderr < 0.1 else 2 if stderr < 1 else 1
+    digits = 3 if stderr < 0.01 else 2 if stderr < 1 else 1
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
 
 
@@ -131,17 +131,36 @@ def _tex(value: Any) -> str:
 
 
 def show(frame: pd.DataFrame, console: Console) -> None:
-    """The summary, without the costs that are for files only."""
+    """The summary, a table for each model, without the costs that are for files only; fits 80 columns."""
     table = summary(frame)
     hidden = [title for title in COSTS.values() if title not in _SHOWN]
-    shown = table.drop(columns=[c for c in hidden if c in table])
-    grid = Table(box=None, header_style="bold", pad_edge=False)
-    for column in shown.columns:
-        is_label = column in ("model", "scheme", "algo", "setting")
-        grid.add_column(str(column), justify="left" if is_label else "right", overflow="fold")
-    for row in shown.itertuples(index=False):
-        grid.add_row(*(Text(str(value)) for value in row))  # as it is: a reason may hold [brackets]
-    console.print(grid)
+    for model, part in table.groupby("model", sort=False) if not table.empty else ():
+        shown = part.drop(columns=["model", *(c for c in hidden if c in part)])
+        grid = Table(
+            title=str(model),
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            padding=(0, 1, 0, 0),
+            header_style="bold",
+        )
+        for column in shown.columns:
+            is_label = column in ("scheme", "algo", "setting")
+            may_fold = column == "setting" or any(str(cell).startswith("failed") for cell in shown[column])
+            title = Text(str(column).replace("/", "\n", 1))
+            grid.add_column(
+                title,
+                justify="left" if is_label else "right",
+                vertical="top",
+                overflow="fold",
+                no_wrap=not may_fold,
+            )
+        for row in shown.itertuples(index=False):
+            grid.add_row(*(Text(str(value)) for value in row))  # as it is: a reason may hold [brackets]
+        # Wider than the terminal if it must be: a line that wraps is ugly, a number cut short is wrong.
+        width = console.measure(grid, options=console.options.update(max_width=1000)).maximum
+        wide = Console(file=console.file, width=max(width, console.width), force_terminal=console.is_terminal)
+        wide.print(grid)
 
 
 def print_summary(
