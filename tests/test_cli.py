@@ -251,6 +251,20 @@ def test_what_ran_without_mlflow_is_mirrored_by_the_same_command_with_it(qbench)
     assert len(client.search_runs([client.get_experiment_by_name("qbench").experiment_id])) == 3
 
 
+def test_a_failure_that_was_never_mirrored_does_not_replace_the_run_that_mended_it(qbench, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    from qbench.algorithms.rtn import RTN
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RTN, "process", lambda self, block, scheme: 1 / 0)
+        assert qbench("algo=rtn", *QUIET) == 3
+    assert qbench("algo=rtn", *SMALL) == 0
+    client = MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/results/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("qbench").experiment_id])
+    assert [r.info.status for r in runs] == ["FINISHED"]
+
+
 def test_a_sweep_goes_on_without_mlflow(qbench, capfd):
     Path("file").touch()
     assert qbench("algo=rtn", *SMALL, "tracker.uri=sqlite:///file/mlflow.db") == 0

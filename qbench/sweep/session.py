@@ -99,7 +99,7 @@ def make_plan(settings: list[tuple[str, Settings]], store: RecordStore, *, is_sw
         plan.jobs[job.fingerprint] = job
         plan.todo += [job] if todo else []
     fresh = {f: job for f, job in baselines.items() if f not in plan.jobs}
-    again = {name for name, cell in settings if cell.force}
+    again = any(cell.force for _, cell in settings)
     plan.todo = [job for f, job in fresh.items() if again or not store.is_done(f)] + plan.todo
     plan.jobs = fresh | plan.jobs
     # One model is held in memory at a time: its jobs follow one another.
@@ -111,7 +111,9 @@ def make_plan(settings: list[tuple[str, Settings]], store: RecordStore, *, is_sw
 def _run_jobs(plan: Plan, store: RecordStore, settings: Settings, progress: Progress) -> None:
     keep_freed_memory()
     marks = _Marks(store.root / "mirrored", settings.tracker)
-    pending = [r for f in plan.jobs if (r := store.read(f)) is not None and not marks.has(r)]
+    again = {job.fingerprint for job in plan.todo}  # their old records are about to be replaced
+    kept = [r for f in plan.jobs if f not in again and (r := store.read(f)) is not None]
+    pending = [record for record in kept if not marks.has(record)]
     mirror = _open_mirror(settings.tracker, store) if plan.todo or pending else None
     models = ModelCache()
     for job in plan.todo:
