@@ -118,7 +118,7 @@ def _tables(arguments: list[str]) -> int:
 
     from qbench.report.frame import tidy
     from qbench.report.tables import show, write
-    from qbench.track import RecordStore
+    from qbench.track.records import RecordStore
 
     frame = tidy(RecordStore(results).all())
     if frame.empty:

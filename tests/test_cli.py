@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from qbench import cli
 from qbench.models.load import ModelRef
-from qbench.track import RecordStore
+from qbench.track.records import RecordStore
 
 SMALL = ["model=nano-llama", "eval.max_windows=4", "eval.tasks=[]", "calib.n_samples=4", "calib.seq_len=64"]
 QUIET = [*SMALL, "tracker=none"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qbench.track import RecordStore
+from qbench.track.records import RecordStore
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 COMMANDS = [

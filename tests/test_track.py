@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from qbench.track import MLflowMirror, RecordStore, flatten
+from qbench.track.mirror import MLflowMirror
+from qbench.track.records import RecordStore, flatten
 
 RECORD = {
     "fingerprint": "0123456789abcdef",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from qbench.track import flatten
+from qbench.track.records import flatten
 
 LABELS = ["model", "algo", "scheme", "wbits", "abits", "kvbits"]
 _ALREADY_SHOWN = ("scheme", "evaluation.")

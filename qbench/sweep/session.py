@@ -16,7 +16,8 @@ from qbench.report.tables import print_summary
 from qbench.sweep.grid import Cell
 from qbench.sweep.progress import Progress
 from qbench.sweep.settings import Settings, TrackerSettings
-from qbench.track import MLflowMirror, Record, RecordStore
+from qbench.track.mirror import MLflowMirror
+from qbench.track.records import Record, RecordStore
 
 OK, SOME_FAILED, BAD_INPUT = 0, 3, 2
 

@@ -1,0 +1,149 @@
+"""Where results are kept: a folder for each job, which is the truth.
+
+    results/records/<fingerprint>/record.json, samples.parquet
+    results/sweeps/<id>.json
+
+A record is written in a temporary folder and moved into place, so that a killed job leaves nothing
+half-written, resuming is "does it exist", and any number of workers can write at once.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+_STALE = 3600  # seconds after which a temporary folder belongs to no running job
+
+
+@dataclass(frozen=True)
+class RecordStore:
+    """The records under one results folder."""
+
+    root: Path
+
+    @property
+    def records(self) -> Path:
+        return self.root / "records"
+
+    def prepare(self) -> None:
+        """Make the folders and sweep up what killed jobs left.
+
+        Raises:
+            ValueError: If the folder cannot be written.
+        """
+        try:
+            (self.root / "sweeps").mkdir(parents=True, exist_ok=True)
+            self.records.mkdir(exist_ok=True)
+            for folder in self.records.glob(".tmp-*"):
+                if time.time() - folder.stat().st_mtime > _STALE:
+                    shutil.rmtree(folder, ignore_errors=True)
+            probe = self.records / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"results folder {str(self.root)!r} cannot be written ({error.strerror}); set results="
+            ) from error
+
+    def path(self, fingerprint: str) -> Path:
+        return self.records / fingerprint
+
+    def read(self, fingerprint: str) -> Record | None:
+        path = self.path(fingerprint) / "record.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def is_done(self, fingerprint: str) -> bool:
+        record = self.read(fingerprint)
+        return record is not None and record["status"] == "done"
+
+    def all(self) -> Iterator[Record]:
+        """Every record, in the order in which jobs began."""
+        paths = self.records.glob("[!.]*/record.json")
+        return iter(
+            sorted((json.loads(p.read_text()) for p in paths), key=lambda r: (r["started"], r["fingerprint"]))
+        )
+
+    def write(self, record: Record, samples: list[dict[str, Any]]) -> Path:
+        """Keep a record; it takes the place of an earlier one of the same job."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        fingerprint = record["fingerprint"]
+        draft = self.records / f".tmp-{fingerprint}-{os.getpid()}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        if samples:
+            pq.write_table(pa.Table.from_pylist(samples), draft / "samples.parquet")
+        for path in draft.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        with (draft / "record.json").open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        final, old = self.path(fingerprint), draft.with_name(f"{draft.name}-old")
+        if final.exists():
+            final.rename(old)
+        try:
+            draft.rename(final)
+        except OSError:  # another worker finished the same job in between; its record is as good
+            if not (final / "record.json").is_file():
+                raise
+            shutil.rmtree(draft)
+        shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def open_sweep(self, command: str, fingerprints: Iterable[str]) -> str:
+        """Note which jobs a sweep asks for. The same jobs are the same sweep, however often they are asked for."""
+        wanted = sorted(set(fingerprints))
+        id_ = hashlib.sha256("".join(wanted).encode()).hexdigest()[:12]
+        path = self.root / "sweeps" / f"{id_}.json"
+        if not path.exists():
+            draft = path.with_suffix(f".tmp{os.getpid()}")
+            draft.write_text(
+                json.dumps({"id": id_, "command": command, "jobs": wanted, "started": time.time()})
+            )
+            draft.replace(path)
+        return id_
+
+    def sweeps(self) -> dict[str, dict[str, Any]]:
+        """The sweeps by id, oldest first."""
+        found = [json.loads(path.read_text()) for path in (self.root / "sweeps").glob("*.json")]
+        return {about["id"]: about for about in sorted(found, key=lambda about: about["started"])}
+
+    @property
+    def id(self) -> str:
+        """A name for this results folder that no other has, made when it is first asked for."""
+        path = self.root / "store-id"
+        if not path.exists():
+            draft = path.with_name(f"store-id.{os.getpid()}")
+            draft.write_text(uuid.uuid4().hex)
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, path)  # unlike a rename, this keeps the id of whoever came first
+            draft.unlink()
+        return path.read_text()
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}, "c": [2]}` -> `{"a.b": 1, "c.0": 2}`."""
+    if isinstance(tree, dict):
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list | tuple):
+        items = [(str(i), value) for i, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {
+        key: leaf
+        for name, value in items
+        for key, leaf in flatten(value, f"{prefix}.{name}" if prefix else name).items()
+    }
