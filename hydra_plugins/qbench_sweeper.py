@@ -12,14 +12,16 @@ from omegaconf import DictConfig
 
 
 class QbenchSweeper(Sweeper):
-    """Expands the grid and runs its jobs in one process.
+    """Expands the grid and hands it to qbench's planner and launchers.
 
     Args:
         arguments: The command's own arguments, which `qbench.sweep.grid.held_back` kept from Hydra.
+        studies: The named studies whose axes are among them, for the cells that they exclude.
     """
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], studies: list[str]) -> None:
         self._arguments = [str(a) for a in arguments]
+        self._studies = [str(s) for s in studies]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -27,8 +29,10 @@ class QbenchSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from qbench.sweep.grid import expand
         from qbench.sweep.session import run_cells
+        from qbench.sweep.study import load
 
         assert self.hydra_context is not None
         assert self.config is not None
-        cells = expand([*self._arguments, *arguments], self.hydra_context.config_loader, self.config)
-        sys.exit(run_cells(cells, is_sweep=True))  # Hydra hands nobody what a sweep returns
+        exclude = [rule for study in self._studies for rule in load(study).exclude]
+        grid = expand([*self._arguments, *arguments], self.hydra_context.config_loader, self.config)
+        sys.exit(run_cells(grid, is_sweep=True, exclude=exclude))  # Hydra hands nobody what a sweep returns

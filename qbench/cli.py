@@ -66,13 +66,15 @@ def _run() -> int:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from qbench.sweep.grid import Cell, cell_of, explain, held_back
+    from qbench.sweep.explain import explain
+    from qbench.sweep.grid import Cell, cell_of, held_back
     from qbench.sweep.shipped import CONF
-    from qbench.sweep.study import unfold
+    from qbench.sweep.study import named, unfold
 
+    studies = named(sys.argv[1:])
     sys.argv[1:] = unfold(sys.argv[1:])
     if {"-m", "--multirun"} & set(sys.argv):
-        sys.argv[1:] = held_back(sys.argv[1:])
+        sys.argv[1:] = held_back(sys.argv[1:], studies)
     # Hydra would print its own report and exit with 1; raise instead, and say it in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     cells: list[Cell] = []
@@ -92,28 +94,29 @@ def _run() -> int:
     return run_cells(cells, is_sweep=False)
 
 
-def _options(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Results folder and tracker settings, from `key=value` arguments over the defaults of `conf/config.yaml`."""
+def _config(arguments: list[str]) -> dict[str, Any]:
+    """The config that `key=value` arguments make over the defaults of `conf/config.yaml`, as plain values."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from qbench.sweep.grid import explain
+    from qbench.sweep.compose import plain
+    from qbench.sweep.explain import explain
     from qbench.sweep.shipped import CONF
 
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", overrides=arguments)
-            tracker: Any = OmegaConf.to_container(config.tracker, resolve=True)
-            return Path(config.results), tracker
+            config = compose("config", overrides=arguments, return_hydra_config=True)
+            return plain(config, config.hydra.runtime.choices["algo"])
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain(error)) from error
 
 
 def _tables(arguments: list[str]) -> int:
     """`qbench tables [results=…]`: the tables of all records, shown and written."""
-    results, _ = _options(arguments)
+    results = Path(_config(arguments)["results"])
     from rich.console import Console
 
     from qbench.report.frame import tidy
@@ -134,13 +137,49 @@ def _tables(arguments: list[str]) -> int:
 
 def _sync(arguments: list[str]) -> int:
     """`qbench sync [results=…] [tracker.uri=…]`: mirror records that MLflow does not hold yet."""
-    results, settings = _options(arguments)
-    from qbench.sweep.session import sync
+    config = _config(arguments)
+    from qbench.sweep.mirroring import sync
     from qbench.sweep.settings import TrackerSettings
 
-    tracker = TrackerSettings(**settings)
-    print(f"{sync(results, tracker)} records mirrored to {tracker.uri}")
+    tracker = TrackerSettings(**config["tracker"])
+    print(f"{sync(Path(config['results']), tracker)} records mirrored to {tracker.uri}")
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"tables": _tables, "sync": _sync}
+def _status(arguments: list[str]) -> int:
+    """`qbench status [results=…]`: the sweeps of a results folder, and what their workers do; from anywhere."""
+    results = Path(_config(arguments)["results"])
+    from qbench.sweep.status import print_status
+
+    print_status(results)
+    return 0
+
+
+def _retry(arguments: list[str]) -> int:
+    """`qbench retry [results=…] [smaller_batches=true] [launcher=…]`: run failed jobs again."""
+    smaller = "smaller_batches=true" in arguments
+    config = _config([a for a in arguments if not a.startswith("smaller_batches=")])
+    from qbench.sweep.retry import retry
+
+    return retry(config, smaller_batches=smaller)
+
+
+def _worker(arguments: list[str]) -> int:
+    """`qbench worker [results=…]`: help with the sweep that runs there, until nothing is left of it."""
+    keys = {"results": "results", "launch": "", "name": "", "start": "0", "parent": ""}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in keys:
+            raise UsageError(f"`qbench worker` takes results=, launch=, name= and start=; got {argument!r}")
+        keys[key] = value
+    from qbench.sweep.worker import serve
+
+    parent = int(keys["parent"]) if keys["parent"] else None
+    return serve(
+        Path(keys["results"]), keys["launch"] or None, keys["name"] or None, float(keys["start"]), parent
+    )
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "tables": _tables, "sync": _sync, "status": _status, "retry": _retry, "worker": _worker,
+}  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qbench.algorithms.base import Algorithm
 from qbench.calib.observers import Range
-from qbench.calib.stream import Block, Stream, first_inputs, to_device
+from qbench.calib.stream import Block, FirstInputs, Stream, first_inputs, to_device
 from qbench.models.family import family_of
 from qbench.models.hooks import quantize_input, quantize_kv
 from qbench.quant.affine import choose_qparams
@@ -31,6 +31,7 @@ def quantize(
     *,
     propagate_error: bool = True,
     batch_size: int = 8,
+    first: FirstInputs | None = None,
     device: torch.device | str = "cpu",
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
@@ -44,12 +45,13 @@ def quantize(
         propagate_error: Feed each block the output of the quantized blocks before it; otherwise that
             of the original ones.
         batch_size: Samples run together.
+        first: What `first_inputs` gave for this model and these tokens, where it is known already.
         device: Where one block at a time is processed.
         on_block: Called with (blocks done, blocks in all).
 
     Raises:
         ValueError: If the algorithm rounds nothing, or data is needed and there is none.
-        RuntimeError: If quantization produced a value that is not finite; names the block.
+        FloatingPointError: If quantization produced a value that is not finite; names the block.
     """
     if algorithm.kind != "round":
         raise ValueError(f"{type(algorithm).__name__} rounds nothing; end the pipeline with a rounder")
@@ -63,7 +65,7 @@ def quantize(
     layers = list(model.get_submodule(family.blocks))
     kwargs: list[dict[str, Any]] = [{} for _ in layers]
     if tokens is not None and needs_data(algorithm, scheme):
-        inputs, kwargs = first_inputs(model, family, tokens, batch_size)
+        inputs, kwargs = first or first_inputs(model, family, tokens, batch_size)
     for index, layer in enumerate(layers):
         with _on(layer, device):
             block = Block(index, layer, family, inputs, to_device(kwargs[index], device), device)
@@ -98,7 +100,7 @@ def _quantize_inputs(block: Block, spec: QuantSpec) -> None:
 def _check_finite(block: Block) -> None:
     for name, linear in block.linears.items():
         if not torch.isfinite(linear.weight).all():
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"block {block.index}: {name} holds values that are not finite after quantization; "
                 "calibrate with more tokens, or use model.dtype=float32"
             )

@@ -16,7 +16,8 @@ from qbench import cli
 from qbench.models.load import ModelRef
 from qbench.track.records import RecordStore
 
-SMALL = ["model=nano-llama", "eval.max_windows=4", "eval.tasks=[]", "calib.n_samples=4", "calib.seq_len=64"]
+SMALL = ["model=nano-llama", "eval.max_windows=4", "eval.tasks=[]", "calib.n_samples=4", "calib.seq_len=64",
+         "launcher=inline"]  # fmt: skip
 QUIET = [*SMALL, "tracker=none"]
 
 
@@ -100,7 +101,7 @@ BAD = {
     "misspelt inner key": (["calib.n_sample=4"], "did you mean calib.n_samples"),
     "misspelt hyperparameter": (["algo=gptq", "algo.dampp=1"], "did you mean algo.damp"),
     "added hyperparameter": (["algo=gptq", "+algo.nonsense=1"], "unexpected keyword argument 'nonsense'"),
-    "bits out of range": (["wbits=9"], "9 bits were asked for"),
+    "bits out of range": (["wbits=9"], "integer grids have 2 to 8 bits, 9 were asked for"),
     "bits that are no number": (["wbits=four"], "wbits='four': input should be a valid integer"),
     "group size": (["group_size=100"], "group_size=100 does not divide the 128 inputs of self_attn.q_proj"),
     "calibration too small": (["algo=gptq", "calib.n_samples=1000000"], "lower calib.n_samples"),
@@ -146,12 +147,25 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, qbench, capfd, monkeypatc
 
 
 def test_in_a_sweep_a_bad_cell_is_reported_and_the_others_run(qbench, capfd):
-    assert qbench("-m", "algo=rtn,gtpq,smoothquant", "wbits=4,9", *QUIET) == 2
-    assert [(r["labels"]["algo"], r["labels"]["wbits"]) for r in records()] == [("fp", 16), ("rtn", 4)]
+    assert qbench("-m", "algo=rtn,gtpq", "wbits=4,3", *QUIET) == 2
+    assert [r["labels"]["algo"] for r in records()] == ["fp", "rtn", "rtn"]
     captured = capfd.readouterr()
     assert "skipped algo=gtpq wbits=4: unknown algo 'gtpq'" in captured.err
-    assert "skipped algo=smoothquant wbits=4: SmoothQuant needs activation bits" in captured.err
-    assert "2 run, 0 already done, 5 skipped" in captured.out
+    assert "3 run, 0 already done, 2 skipped" in captured.out
+
+
+def test_a_sweep_leaves_out_what_does_not_go_together_and_says_how_much_and_why(qbench, capfd):
+    assert qbench("-m", "algo=rtn,smoothquant", "wbits=4,3,9", *QUIET) == 0
+    assert [r["labels"]["algo"] for r in records()] == ["fp", "rtn", "rtn"]
+    captured = capfd.readouterr()
+    assert "pruned 2 of 6 cells: SmoothQuant needs activation bits" in captured.err
+    assert "pruned 2 of 6 cells: integer grids have 2 to 8 bits, 9 were asked for" in captured.err
+    assert "3 run, 0 already done, 4 pruned" in captured.out
+
+
+def test_a_grid_of_which_nothing_is_left_is_bad_input(qbench, capfd):
+    assert qbench("-m", "algo=smoothquant", "wbits=4,3", *QUIET) == 2
+    assert "nothing is left of the grid: SmoothQuant needs activation bits" in capfd.readouterr().err
 
 
 def test_a_hyperparameter_of_one_algorithm_concerns_its_cells_alone(qbench, capfd):
@@ -162,7 +176,7 @@ def test_a_hyperparameter_of_one_algorithm_concerns_its_cells_alone(qbench, capf
 
 
 def test_a_metric_that_is_not_finite_fails_the_job_and_not_the_sweep(qbench, monkeypatch):
-    monkeypatch.setattr("qbench.job.size_metrics", lambda model, scheme: {"bits_per_weight": float("nan")})
+    monkeypatch.setattr("qbench.run.size_metrics", lambda model, scheme: {"bits_per_weight": float("nan")})
     assert qbench("algo=rtn", *QUIET) == 3
     assert records()[0]["reason"] == "FloatingPointError: not finite: bits_per_weight"
 

@@ -1,29 +1,41 @@
 """Every choice in conf/ composes and builds, and so does every study in sweeps/."""
 
+import hashlib
+import json
+
 import pytest
 from hydra import compose, initialize_config_dir
 
+from qbench.job import Job, _cached_canonical
 from qbench.quant.scheme import Scheme
-from qbench.sweep.grid import plain
-from qbench.sweep.settings import Settings
+from qbench.sweep.compose import plain
+from qbench.sweep.settings import Jobs, Settings
 from qbench.sweep.shipped import CONF, SWEEPS
 from qbench.sweep.study import unfold
 
-GROUPS = ("algo", "scheme", "model", "calib", "eval", "tracker")
+GROUPS = ("algo", "scheme", "model", "calib", "eval", "tracker", "launcher")
 CHOICES = [f"{path.parent.name}={path.stem}" for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
 
 
-def settings_of(*overrides: str) -> Settings:
+def config_of(*overrides: str) -> dict:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)
-        return Settings.read(plain(config, config.hydra.runtime.choices["algo"]))
+        return plain(config, config.hydra.runtime.choices["algo"])
+
+
+def settings_of(*overrides: str) -> Settings:
+    return Jobs().settings(config_of(*overrides))
+
+
+def job_of(*overrides: str) -> Job:
+    return Jobs().job(config_of(*overrides))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_builds(choice):
     extra = {"model=hf": ["model.id=zoo/nano-llama"], "algo=smoothquant": ["abits=8"]}.get(choice, [])
-    job = settings_of(choice, *extra).job()
-    assert job.fingerprint == settings_of(choice, *extra).job().fingerprint
+    job = job_of(choice, *extra)
+    assert job.fingerprint == job_of(choice, *extra).fingerprint
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
@@ -61,7 +73,7 @@ def test_single_keys_override_the_scheme():
 
 
 def fingerprint(*overrides: str) -> str:
-    return settings_of(*overrides).job().fingerprint
+    return job_of(*overrides).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,9 @@ def test_what_can_change_a_number_changes_the_fingerprint(change):
         "eval.batch_size=2",
         "data.root=/tmp",
         "baseline=false",
+        "calib.batch_size=2",
+        "launcher=inline",
+        "job.timeout=60",
     ],
 )
 def test_what_cannot_change_a_number_does_not(change):
@@ -91,6 +106,14 @@ def test_what_cannot_change_a_number_does_not(change):
 @pytest.mark.parametrize("change", ["calib=stdlib_code", "seed=1", "calib.n_samples=8"])
 def test_calibration_is_no_part_of_a_data_free_job(change):
     assert fingerprint("algo=rtn", change) == fingerprint("algo=rtn")
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("algo=")])
+def test_the_fingerprint_is_the_hash_of_the_identity(choice):
+    """It is put together from the parts' texts."""
+    job = job_of(choice, *(["scheme=w8a8"] if choice == "algo=smoothquant" else []))
+    text = json.dumps(job.identity(), sort_keys=True, separators=(",", ":"))
+    assert job.fingerprint == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_two_ways_of_saying_the_same_are_the_same_job():
@@ -103,4 +126,6 @@ def test_a_new_revision_of_an_algorithm_is_another_job(monkeypatch):
 
     before = fingerprint("algo=gptq")
     monkeypatch.setattr(GPTQ, "revision", GPTQ.revision + 1)
+    _cached_canonical.cache_clear()
     assert fingerprint("algo=gptq") != before
+    _cached_canonical.cache_clear()

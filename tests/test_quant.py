@@ -118,7 +118,7 @@ def test_an_unreadable_scheme_is_refused(text):
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 15])
 def test_bits_out_of_range_are_refused(bits):
-    with pytest.raises(ValueError, match=f"{bits} bits"):
+    with pytest.raises(ValueError, match=f"{bits} were asked for"):
         Scheme.of(wbits=bits)
 
 

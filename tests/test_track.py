@@ -1,12 +1,10 @@
-"""Records, and their mirror in MLflow."""
+"""Records."""
 
-import json
 import os
 import time
 
 import pytest
 
-from qbench.track.mirror import MLflowMirror
 from qbench.track.records import RecordStore, flatten
 
 RECORD = {
@@ -82,87 +80,3 @@ def test_the_same_jobs_are_the_same_sweep(store):
 
 def test_flatten_names_every_leaf():
     assert flatten({"a": {"b": 1}, "c": [2, {"d": None}]}) == {"a.b": 1, "c.0": 2, "c.1.d": None}
-
-
-def runs_of(uri):
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("qbench")
-    return client, client.search_runs([experiment.experiment_id])
-
-
-def test_the_mirror_holds_parent_and_child_once(store, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    store.open_sweep("qbench -m algo=gptq", [RECORD["fingerprint"]])
-    store.write(RECORD, SAMPLES)
-
-    mirror = MLflowMirror(uri, "qbench", store)
-    assert mirror.mirror(RECORD)
-    assert not mirror.mirror(RECORD)
-    mirror.close()
-    assert not MLflowMirror(uri, "qbench", store).mirror(RECORD), "a new process finds what is there"
-
-    client, runs = runs_of(uri)
-    parent = next(r for r in runs if "qbench.sweep_parent" in r.data.tags)
-    (child,) = (r for r in runs if "qbench.fingerprint" in r.data.tags)
-    assert {r.info.status for r in runs} == {"FINISHED"}
-    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert child.data.metrics["ppl/stdlib_docs"] == 12.5
-    assert child.data.params["algo.steps.round.damp"] == "0.01"
-    assert [m.value for m in client.get_metric_history(child.info.run_id, "block_error")] == [0.1, 0.2, 0.3]
-    assert child.inputs.dataset_inputs[0].dataset.name == "stdlib_docs"
-    assert {a.path for a in client.list_artifacts(child.info.run_id)} == {"record.json", "samples.parquet"}
-    assert (child.info.end_time - child.info.start_time) == 9000
-
-
-def test_a_job_that_was_run_again_replaces_its_run(store, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    store.write(RECORD, SAMPLES)
-    MLflowMirror(uri, "qbench", store).mirror(RECORD)
-    again = RECORD | {"finished": "2026-01-02T00:00:00+00:00", "metrics": {"ppl/stdlib_docs": 11.0}}
-    store.write(again, SAMPLES)
-    assert MLflowMirror(uri, "qbench", store).mirror(again)
-    _, runs = runs_of(uri)
-    assert [r.data.metrics["ppl/stdlib_docs"] for r in runs] == [11.0]
-
-
-def test_nobody_touches_the_runs_of_another_results_folder(store, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    other = RecordStore(tmp_path / "other")
-    other.prepare()
-    assert other.id != store.id
-    assert RecordStore(store.root).id == store.id
-    for where, ppl in ((store, 12.5), (other, 13.5)):
-        record = RECORD | {"finished": f"2026-01-0{int(ppl) - 11}T00:00:09+00:00", "metrics": {"ppl/x": ppl}}
-        where.write(record, [])
-        MLflowMirror(uri, "qbench", where).mirror(record)
-    _, runs = runs_of(uri)
-    assert sorted(r.data.metrics["ppl/x"] for r in runs) == [12.5, 13.5]
-
-
-def test_a_run_cut_off_in_the_middle_is_made_again(store, tmp_path, monkeypatch):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    store.write(RECORD, SAMPLES)
-    mirror = MLflowMirror(uri, "qbench", store)
-    with monkeypatch.context() as patch:
-        patch.setattr(mirror, "_log", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            mirror.mirror(RECORD)
-    assert [r.info.status for r in runs_of(uri)[1]] == ["RUNNING"]
-    assert MLflowMirror(uri, "qbench", store).mirror(RECORD)
-    assert [r.info.status for r in runs_of(uri)[1]] == ["FINISHED"]
-
-
-def test_a_failed_job_is_mirrored_as_failed(store, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    record = RECORD | {"status": "failed", "reason": "ValueError: no", "metrics": {}, "block_errors": []}
-    store.write(record, [])
-    MLflowMirror(uri, "qbench", store).mirror(record)
-    _, runs = runs_of(uri)
-    assert [r.info.status for r in runs] == ["FAILED"]
-    assert runs[0].data.tags["qbench.reason"] == "ValueError: no"
-    assert (
-        json.loads((store.path(record["fingerprint"]) / "record.json").read_text())["reason"]
-        == "ValueError: no"
-    )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from qbench.calib.stream import Block
+from qbench.errors import Unsuitable
 from qbench.quant.scheme import Scheme
 
 Kind = Literal["transform", "clip", "round"]
@@ -37,7 +38,7 @@ class Algorithm(ABC):
         """Refuse, before anything is loaded, a scheme that this algorithm can do nothing for.
 
         Raises:
-            ValueError: Saying what is needed.
+            Unsuitable: Saying what is needed. A grid leaves such a cell out.
         """
 
     @abstractmethod
@@ -47,9 +48,9 @@ class Algorithm(ABC):
     def _check_weights(self, scheme: Scheme) -> None:
         """For `check`: refuse a scheme that leaves weights alone."""
         if scheme.weight is None:
-            raise ValueError(
-                f"{type(self).__name__} works on weights, which the scheme {scheme} leaves in floating point; "
-                "set wbits, or use algo=rtn"
+            raise Unsuitable(
+                f"{type(self).__name__} works on weights",
+                f"the scheme {scheme} leaves them in floating point; set wbits, or use algo=rtn",
             )
 
     def identity(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.stream import Block
+from qbench.errors import Unsuitable
 from qbench.quant.scheme import Scheme
 
 
@@ -17,7 +18,7 @@ class FloatingPoint(Algorithm):
 
     def check(self, scheme: Scheme) -> None:
         if not scheme.is_float:
-            raise ValueError(f"algo=fp quantizes nothing, but the scheme is {scheme}; use algo=rtn")
+            raise Unsuitable("algo=fp quantizes nothing", f"the scheme is {scheme}; use algo=rtn")
 
     def process(self, block: Block, scheme: Scheme) -> None:
         """Nothing to do."""

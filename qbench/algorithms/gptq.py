@@ -13,6 +13,7 @@ from torch import Tensor
 from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.observers import Gram
 from qbench.calib.stream import Block
+from qbench.errors import Unsuitable
 from qbench.quant.affine import QParams, choose_qparams, round_to_grid
 from qbench.quant.scheme import QuantSpec, Scheme
 
@@ -49,9 +50,9 @@ class GPTQ(Algorithm):
         self._check_weights(scheme)
         grouped = scheme.weight is not None and scheme.weight.granularity == "group"
         if grouped and self.act_order and not self.static_groups:
-            raise ValueError(
-                "GPTQ with act_order and without static_groups would group columns in their new order, which "
-                "needs an index at inference; set algo.static_groups=true or algo.act_order=false"
+            raise Unsuitable(
+                "GPTQ with act_order and without static_groups would group columns in their new order",
+                "that needs an index at inference; set algo.static_groups=true or algo.act_order=false",
             )
 
     @torch.no_grad()

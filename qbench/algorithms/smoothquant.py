@@ -13,6 +13,7 @@ from torch import nn
 from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.observers import AbsMax
 from qbench.calib.stream import Block
+from qbench.errors import Unsuitable
 from qbench.models.surgery import migrate_scale
 from qbench.quant.scheme import Scheme
 
@@ -37,8 +38,9 @@ class SmoothQuant(Algorithm):
 
     def check(self, scheme: Scheme) -> None:
         if scheme.activation is None:
-            raise ValueError(
-                f"SmoothQuant needs activation bits, the scheme is {scheme}; set e.g. abits=8 or scheme=w8a8"
+            raise Unsuitable(
+                "SmoothQuant needs activation bits",
+                f"the scheme is {scheme}; set e.g. abits=8 or scheme=w8a8",
             )
 
     @torch.no_grad()

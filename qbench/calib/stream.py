@@ -128,9 +128,10 @@ class Block:
         return {link: tuple(o.value for o in observers[link]) for link in links}
 
 
-def first_inputs(
-    model: Any, family: Family, tokens: Tensor, batch_size: int = 8
-) -> tuple[Stream, list[dict[str, Any]]]:
+FirstInputs = tuple[Stream, list[dict[str, Any]]]
+
+
+def first_inputs(model: Any, family: Family, tokens: Tensor, batch_size: int = 8) -> FirstInputs:
     """Run the model with every block stubbed out, recording what each block is called with.
 
     `tokens` is `(n_samples, seq_len)`. Samples are equally long and unpadded, so masks and position

@@ -21,6 +21,7 @@ class CalibrationSet:
         name: The corpus, or `random` for uniform token ids (a control).
         n_samples, seq_len: How many windows, of how many tokens.
         propagate_error: Calibrate a block on the output of the quantized blocks before it.
+        batch_size: Samples run together; no part of a job's identity.
     """
 
     name: str
@@ -28,18 +29,29 @@ class CalibrationSet:
     seq_len: int = 2048
     propagate_error: bool = True
     seed: int = 0
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         if self.name not in (choices := [*known(), "random"]):
             near = difflib.get_close_matches(self.name, choices, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"calib.name is {self.name!r}; {hint}there are {', '.join(choices)}")
-        for key in ("n_samples", "seq_len"):
+        for key in ("n_samples", "seq_len", "batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"calib.{key} is {getattr(self, key)}, it must be at least 1")
 
     def identity(self) -> dict[str, Any]:
-        return asdict(self) | {"name": versioned(self.name)}
+        """What can change a number."""
+        return {k: v for k, v in asdict(self).items() if k != "batch_size"} | {"name": versioned(self.name)}
+
+    def check(self, tokenizer: Any, root: Path | None = None) -> None:
+        """Refuse a text that is too short, without drawing the windows.
+
+        Raises:
+            ValueError, FileNotFoundError: Saying what was found and what to lower.
+        """
+        if self.name != "random":
+            self._row(tokenizer, root)
 
     def tokens(self, tokenizer: Any, root: Path | None = None) -> Tensor:
         """`(n_samples, seq_len)` tokens; the same for the same fields, tokenizer and text.
@@ -50,14 +62,18 @@ class CalibrationSet:
         generator = torch.Generator().manual_seed(self.seed)
         if self.name == "random":
             return torch.randint(len(tokenizer), (self.n_samples, self.seq_len), generator=generator)
+        row = self._row(tokenizer, root)
+        starts = torch.randint(len(row) - self.seq_len, (self.n_samples,), generator=generator)
+        return torch.stack([row[start : start + self.seq_len] for start in starts.tolist()])
+
+    def _row(self, tokenizer: Any, root: Path | None) -> Tensor:
         row = tokenize(load_text(self.name, "calibration", root), tokenizer)
         if len(row) < self.n_samples + self.seq_len:
             raise ValueError(
                 f"calibration set {self.name!r} has {len(row)} tokens, which does not make {self.n_samples} different "
                 f"windows of {self.seq_len}; lower calib.n_samples or calib.seq_len"
             )
-        starts = torch.randint(len(row) - self.seq_len, (self.n_samples,), generator=generator)
-        return torch.stack([row[start : start + self.seq_len] for start in starts.tolist()])
+        return row
 
 
 @lru_cache(maxsize=32)

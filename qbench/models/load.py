@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qbench.errors import first_line
+from qbench.errors import Unsuitable, first_line
 from qbench.models.family import family_of
 from qbench.quant.scheme import Scheme
 from qbench.zoo import WEIGHTS
@@ -144,13 +144,13 @@ def check_fit(model: Any, scheme: Scheme) -> None:
 
     Raises:
         NotImplementedError: If the architecture is not described.
-        ValueError: If a group size does not divide an input width; names the layer and the width.
+        Unsuitable: If a group size does not divide an input width; names the layer and the width.
     """
     family = family_of(model)
     size = scheme.weight.group_size if scheme.weight else None
     for name, linear in model.get_submodule(family.blocks)[0].named_modules():
         if size and name in family.linears and linear.in_features % size:
-            raise ValueError(
-                f"group_size={size} does not divide the {linear.in_features} inputs of {name}; "
-                f"choose a divisor of {linear.in_features}, or group_size=-1 for one group per row"
+            raise Unsuitable(
+                f"group_size={size} does not divide the {linear.in_features} inputs of {name}",
+                f"choose a divisor of {linear.in_features}, or group_size=-1 for one group per row",
             )

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from qbench.errors import Unsuitable
+
 Granularity = Literal["tensor", "row", "group"]
 
 SCALE_BITS = 16  # a stored scale is float16, as every deployed format has it
@@ -32,8 +34,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise ValueError(
-                f"{self.bits} bits were asked for, integer grids have 2 to 8; use 16 to leave a tensor in floating point"
+            raise Unsuitable(
+                f"integer grids have 2 to 8 bits, {self.bits} were asked for",
+                "use 16 to leave a tensor in floating point",
             )
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(

@@ -167,6 +167,7 @@ def print_summary(
     records: Iterable[dict[str, Any]],
     *,
     problems: Sequence[tuple[str, str]],
+    n_pruned: int = 0,
     ran: int,
     results: Path,
     tracker_uri: str | None,
@@ -181,11 +182,14 @@ def print_summary(
     counts = [f"{ran} run", f"{len(records) - ran} already done"]
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{len(problems)} skipped"] if problems else []
+    counts += [f"{n_pruned} pruned"] if n_pruned else []
     lines = [
         ", ".join(counts),
         f"records   {results / 'records'}",
         f"tables    qbench tables results={results}",
     ]
+    if failed:
+        lines.append(f"failed    qbench retry results={results}")
     if tracker_uri:
         lines.append(f"MLflow    mlflow ui --backend-store-uri {tracker_uri}")
     console.print("\n" + "\n".join(lines), markup=False, highlight=False, soft_wrap=True)

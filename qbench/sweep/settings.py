@@ -1,16 +1,20 @@
 """The config of one job, checked: from plain values to the objects of the house."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from qbench.algorithms.base import Algorithm
 from qbench.algorithms.fp import FloatingPoint
 from qbench.data.tokens import CalibrationSet
 from qbench.engine import needs_data
+from qbench.errors import Unsuitable
 from qbench.evaluate.plan import EvalPlan
 from qbench.job import Job
 from qbench.models.load import ModelRef
@@ -18,7 +22,7 @@ from qbench.quant.scheme import Scheme
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelSettings(_Strict):
@@ -34,11 +38,12 @@ class CalibSettings(_Strict):
     n_samples: int
     seq_len: int
     propagate_error: bool = True
+    batch_size: int = 8
 
 
 class EvalSettings(_Strict):
-    ppl: list[str] = []
-    tasks: list[str] = []
+    ppl: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     seq_len: int = 2048
     max_windows: int | None = None
     limit: int | None = None
@@ -55,12 +60,56 @@ class TrackerSettings(_Strict):
     experiment: str = "qbench"
 
 
+class JobSettings(_Strict):
+    """How a job is run.
+
+    Attributes:
+        timeout: Seconds after which it counts as failed; it needs a process of its own.
+        attempts: How many workers may be lost on it before it counts as failed.
+    """
+
+    timeout: PositiveFloat | None = None
+    attempts: PositiveInt = 2
+
+
+class LauncherSettings(_Strict):
+    """Where workers run.
+
+    Attributes:
+        workers: How many; `None` for one, or one for each GPU where jobs run on GPUs.
+        threads: Of each worker; `None` shares the cores of the machine out.
+        lease: Seconds of silence after which a worker on another machine counts as lost.
+        wait: Follow the sweep; otherwise return once the workers have been asked for (Slurm).
+        respawns: How often a worker that was lost is replaced (Slurm and Ray).
+        cpus, gpus: Of each worker (Slurm and Ray).
+        minutes: A worker's time limit; `queue_minutes`: how long to wait for the first worker.
+        cluster: `slurm`, or `local` to try submitit without a cluster.
+        options: Passed on to submitit's executor (`slurm_partition`, `slurm_account`, `mem_gb`, ...).
+        address: Of a Ray cluster; `None` starts one on this machine.
+    """
+
+    kind: Literal["inline", "local", "slurm", "ray"]
+    workers: PositiveInt | None = None
+    threads: PositiveInt | None = None
+    lease: PositiveFloat = 60.0
+    wait: bool = True
+    respawns: int = 4
+    cpus: PositiveInt = 1
+    gpus: float = 0
+    minutes: PositiveInt = 1440
+    queue_minutes: PositiveFloat = 1440
+    cluster: Literal["slurm", "local"] = "slurm"
+    options: dict[str, Any] = {}
+    address: str | None = None
+
+
 class Settings(_Strict):
     """Every key of `conf/config.yaml`.
 
     Attributes:
         force: Run jobs again that have a record.
         baseline: Let a sweep also run the floating-point model that its jobs are compared with.
+        plan: Show what would run, and run nothing.
     """
 
     algo: dict[str, Any]
@@ -70,6 +119,8 @@ class Settings(_Strict):
     eval: EvalSettings
     data: DataSettings
     tracker: TrackerSettings
+    launcher: LauncherSettings
+    job: JobSettings
     wbits: int
     abits: int
     kvbits: int
@@ -82,62 +133,107 @@ class Settings(_Strict):
     results: Path
     force: bool
     baseline: bool
-
-    @classmethod
-    def read(cls, config: dict[str, Any]) -> "Settings":
-        """Check a composed config.
-
-        Raises:
-            ValueError: With one line that names the key and what it should be.
-        """
-        try:
-            return cls.model_validate(config)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            problem = first["msg"][0].lower() + first["msg"][1:]
-            raise ValueError(f"{key}={first['input']!r}: {problem}") from error
+    plan: bool
 
     def scheme(self) -> Scheme:
-        return Scheme.of(
+        return _scheme(
             self.wbits, self.abits, self.kvbits, self.group_size,
             weight_symmetric=self.weight_symmetric, act_symmetric=self.act_symmetric,
             act_granularity=self.act_granularity,
         )  # fmt: skip
 
-    def job(self) -> Job:
-        """Build the job.
+
+@dataclass
+class Jobs:
+    """Builds the jobs of many configs; what configs share (the same object, from one composer) is built once."""
+
+    _parts: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
+
+    def settings(self, config: dict[str, Any]) -> Settings:
+        """Check a composed config.
 
         Raises:
-            ValueError: If a value is out of range or does not go with another.
+            ValueError: With one line that names the key and what it should be.
         """
-        algorithm = build_algorithm(self.algo_name, self.algo)
-        scheme = Scheme() if isinstance(algorithm, FloatingPoint) else self.scheme()
-        calib = None
-        if needs_data(algorithm, scheme):
-            calib = CalibrationSet(**self.calib.model_dump(), seed=self.seed)
-        evaluation = self.eval.model_dump() | {"ppl": tuple(self.eval.ppl), "tasks": tuple(self.eval.tasks)}
+        known = {
+            name: self._once(name, config[name], partial(_read, kind, name))
+            for name, kind in _SECTIONS.items()
+            if name in config
+        }
+        return _read(Settings, "", config | known)
+
+    def job(self, config: dict[str, Any]) -> Job:
+        """Build the job of a config.
+
+        Raises:
+            Unsuitable: If valid choices do not go together.
+            ValueError: If a value is out of range, or a key unknown.
+        """
+        asked = self.settings(config)
+        algorithm = self._once("algorithm", config["algo"], partial(build_algorithm, asked.algo_name))
+        scheme = Scheme() if isinstance(algorithm, FloatingPoint) else asked.scheme()
         if scheme.is_float and not isinstance(algorithm, FloatingPoint):
-            raise ValueError(
-                f"algo={self.algo_name} has nothing to quantize at w16a16; set wbits, abits or kvbits"
+            raise Unsuitable(
+                f"algo={asked.algo_name} has nothing to quantize at w16a16", "set wbits, abits or kvbits"
             )
+        calib = _calibration(asked.calib, asked.seed) if needs_data(algorithm, scheme) else None
         return Job(
-            self._model(), self.algo_name, algorithm, scheme, calib, EvalPlan(**evaluation),
-            self.device, self.data.root, self.model_dump(mode="json"),
+            _model(asked.model, asked.device), asked.algo_name, algorithm, scheme, calib, _evaluation(asked.eval),
+            asked.device, asked.data.root, config,
         )  # fmt: skip
 
-    def floating_point(self) -> Job:
-        """The job of the unquantized model with the same evaluation."""
-        algo = {"_target_": f"{FloatingPoint.__module__}.{FloatingPoint.__name__}"}
-        return self.model_copy(update={"algo_name": "fp", "algo": algo}).job()
+    def _once(self, name: str, part: Any, build: Callable[[Any], Any]) -> Any:
+        key = (name, id(part))
+        if key not in self._parts:
+            self._parts[key] = part, build(part)  # the part is kept, so that its id stays its own
+        return self._parts[key][1]
 
-    def _model(self) -> ModelRef:
-        model = self.model.model_dump()
-        if (
-            model["dtype"] == "auto"
-        ):  # CPUs are exact and no slower in float32; accelerators want half precision
-            model["dtype"] = "float32" if self.device == "cpu" else "bfloat16"
-        return ModelRef(**model)
+
+_SECTIONS: dict[str, type[_Strict]] = {
+    "model": ModelSettings, "calib": CalibSettings, "eval": EvalSettings, "data": DataSettings,
+    "tracker": TrackerSettings, "launcher": LauncherSettings, "job": JobSettings,
+}  # fmt: skip
+
+
+def floating_point(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the unquantized model with the same evaluation."""
+    return config | {"algo_name": "fp", "algo": _FLOATING_POINT}
+
+
+_FLOATING_POINT = {"_target_": f"{FloatingPoint.__module__}.{FloatingPoint.__name__}"}
+
+Read = TypeVar("Read", bound=_Strict)
+
+
+def _read(kind: type[Read], name: str, config: dict[str, Any]) -> Read:
+    try:
+        return kind.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in (name, *first["loc"]) if part != "")
+        problem = first["msg"][0].lower() + first["msg"][1:]
+        raise ValueError(f"{key}={first['input']!r}: {problem}") from error
+
+
+_scheme = cache(Scheme.of)
+
+
+@cache
+def _model(asked: ModelSettings, device: str) -> ModelRef:
+    model = asked.model_dump()
+    if model["dtype"] == "auto":  # CPUs are exact and no slower in float32; accelerators want half precision
+        model["dtype"] = "float32" if device == "cpu" else "bfloat16"
+    return ModelRef(**model)
+
+
+@cache
+def _calibration(asked: CalibSettings, seed: int) -> CalibrationSet:
+    return CalibrationSet(**asked.model_dump(), seed=seed)
+
+
+@cache
+def _evaluation(asked: EvalSettings) -> EvalPlan:
+    return EvalPlan(**asked.model_dump())
 
 
 def build_algorithm(name: str, config: dict[str, Any]) -> Algorithm:

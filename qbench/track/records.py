@@ -1,7 +1,8 @@
 """Where results are kept: a folder for each job, which is the truth.
 
     results/records/<fingerprint>/record.json, samples.parquet
-    results/sweeps/<id>.json
+    results/sweeps/<id>.json     which jobs a sweep asks for
+    results/claims, launches, workers, logs     of running sweeps
 
 A record is written in a temporary folder and moved into place, so that a killed job leaves nothing
 half-written, resuming is "does it exist", and any number of workers can write at once.
@@ -21,6 +22,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
+_LEAST_FREE = 20 << 20  # bytes without which it is no use to start
 _STALE = 3600  # seconds after which a temporary folder belongs to no running job
 
 
@@ -38,11 +40,11 @@ class RecordStore:
         """Make the folders and sweep up what killed jobs left.
 
         Raises:
-            ValueError: If the folder cannot be written.
+            ValueError: If the folder cannot be written, or its disk is as good as full.
         """
         try:
-            (self.root / "sweeps").mkdir(parents=True, exist_ok=True)
-            self.records.mkdir(exist_ok=True)
+            for name in ("records", "sweeps", "claims", "launches", "workers", "logs"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
             for folder in self.records.glob(".tmp-*"):
                 if time.time() - folder.stat().st_mtime > _STALE:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -53,6 +55,11 @@ class RecordStore:
             raise ValueError(
                 f"results folder {str(self.root)!r} cannot be written ({error.strerror}); set results="
             ) from error
+        if (free := shutil.disk_usage(self.root).free) < _LEAST_FREE:
+            raise ValueError(
+                f"the disk of results folder {str(self.root)!r} has {free / 1e6:.0f} MB left, "
+                f"{_LEAST_FREE / 1e6:.0f} are needed; free some, or set results="
+            )
 
     def path(self, fingerprint: str) -> Path:
         return self.records / fingerprint
@@ -64,6 +71,13 @@ class RecordStore:
     def is_done(self, fingerprint: str) -> bool:
         record = self.read(fingerprint)
         return record is not None and record["status"] == "done"
+
+    def written(self, fingerprint: str) -> float | None:
+        """When the record was written, by the clock of the file system; `None` where there is none."""
+        try:
+            return (self.path(fingerprint) / "record.json").stat().st_mtime
+        except OSError:
+            return None
 
     def all(self) -> Iterator[Record]:
         """Every record, in the order in which jobs began."""

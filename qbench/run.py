@@ -1,0 +1,257 @@
+"""One run of a job, from what was asked to a record."""
+
+import contextlib
+import copy
+import gc
+import math
+import os
+import platform
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from qbench.calib.stream import FirstInputs, first_inputs
+from qbench.data.corpora import load_text
+from qbench.data.tokens import CalibrationSet, sha256
+from qbench.deploy.size import size_metrics
+from qbench.engine import quantize
+from qbench.errors import first_line
+from qbench.evaluate.result import Evaluation
+from qbench.job import Job, tokenizer
+from qbench.models.family import family_of
+from qbench.models.load import ModelRef
+
+_KEPT_UP_TO = 2 << 30  # bytes; what is larger is made again for each job rather than kept beside it in memory
+
+FailureKind = Literal["raised", "oom", "nan", "timeout", "killed"]
+
+
+@dataclass
+class Shared:
+    """What jobs that follow one another have in common: the model, and what its first block is given.
+
+    Only the last of each is kept; a sweep is ordered so that this is enough.
+    """
+
+    _ref: ModelRef | None = None
+    _pristine: Any = None
+    _first: tuple[tuple[CalibrationSet, Path | None], FirstInputs] | None = None
+
+    def model(self, ref: ModelRef) -> Any:
+        """A copy of the model that the caller may change."""
+        if ref != self._ref:
+            self._ref = self._pristine = self._first = None
+            gc.collect()
+            self._ref, self._pristine = ref, ref.load()
+        size = sum(p.numel() * p.element_size() for p in self._pristine.parameters())
+        if size <= _KEPT_UP_TO:
+            return copy.deepcopy(self._pristine)
+        model, self._ref, self._pristine = self._pristine, None, None
+        return model
+
+    def first(self, model: Any, job: Job) -> FirstInputs | None:
+        """What the first block of the untouched `model` is given on the job's calibration data, where it is kept."""
+        if job.calib is None:
+            return None
+        embedding = model.get_input_embeddings().weight
+        n_tokens = job.calib.n_samples * job.calib.seq_len
+        if n_tokens * embedding.shape[1] * embedding.element_size() > _KEPT_UP_TO:
+            return None
+        key = (job.calib, job.data_root)
+        if self._first is None or self._first[0] != key:
+            self._first = None
+            tokens = calibration_tokens(job.model, job.calib, job.data_root)
+            self._first = key, first_inputs(model, family_of(model), tokens, job.calib.batch_size)
+        return self._first[1]
+
+
+@lru_cache(maxsize=4)
+def calibration_tokens(model: ModelRef, calib: CalibrationSet, root: Path | None) -> Tensor:
+    return calib.tokens(tokenizer(model), root)
+
+
+@dataclass
+class Reporter:
+    """What a running job tells whoever watches; the default tells nobody."""
+
+    phase: Callable[[str], None] = lambda name: None
+    block: Callable[[int, int], None] = lambda done, total: None
+
+
+@dataclass
+class Outcome:
+    """What a job leaves: a record, and the samples behind its metrics."""
+
+    record: dict[str, Any]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(job: Job, shared: Shared, reporter: Reporter | None = None) -> Outcome:
+    """Quantize and evaluate; a failure becomes a record with its reason, and is not raised."""
+    started = datetime.now(UTC)
+    torch.manual_seed(0)  # whatever ran before in this process, a job starts from the same state
+    try:
+        metrics, errors, samples = _measure(job, shared, reporter or Reporter())
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"not finite: {', '.join(bad)}")
+    except Exception as error:  # whatever one job raises, the other jobs go on; the record says what it was
+        # What the frames of the traceback hold would stay in memory with it.
+        text = traceback.format_exc()
+        return Outcome(failure(job, started, kind_of(error), first_line(error), text))
+    result: dict[str, Any] = {
+        "status": "done",
+        "metrics": metrics,
+        "block_errors": errors,
+        "data": _provenance(job),
+    }
+    return Outcome(_about(job, started) | result | _finished(), samples)
+
+
+def failure(
+    job: Job, started: datetime, kind: FailureKind, reason: str, trace: str = "", log: str = ""
+) -> dict[str, Any]:
+    """The record of a job that failed: why, where in the code, and what was logged last."""
+    result: dict[str, Any] = {
+        "status": "failed", "failure": kind, "reason": reason, "traceback": trace, "log_tail": log, "metrics": {},
+    }  # fmt: skip
+    return _about(job, started) | result | _finished()
+
+
+def kind_of(error: Exception) -> FailureKind:
+    """Whether a job ran out of memory (of the host or of a device), met NaN, or failed otherwise."""
+    # torch raises a plain RuntimeError when the host has no memory left.
+    host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if host or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "oom"
+    return "nan" if isinstance(error, FloatingPointError) else "raised"
+
+
+def _about(job: Job, started: datetime) -> dict[str, Any]:
+    return {
+        "fingerprint": job.fingerprint,
+        "labels": job.labels,
+        "identity": job.identity(),
+        "environment": environment() | {"command": command()},
+        "device": device_name(job.device),
+        "config": job.settings,
+        "started": started.isoformat(),
+    }
+
+
+def _finished() -> dict[str, Any]:
+    return {"finished": datetime.now(UTC).isoformat()}
+
+
+def _measure(
+    job: Job, shared: Shared, reporter: Reporter
+) -> tuple[dict[str, float], list[float], list[dict[str, Any]]]:
+    metrics: dict[str, float] = {}
+    with _phase("load", job, metrics, reporter):
+        model = shared.model(job.model)
+        tokens = calibration_tokens(job.model, job.calib, job.data_root) if job.calib else None
+        first = shared.first(model, job)
+    metrics |= size_metrics(model, job.scheme)
+    with _phase("calib", job, metrics, reporter):
+        errors = quantize(
+            model, job.algorithm, job.scheme, tokens, first=first,
+            propagate_error=job.calib.propagate_error if job.calib else True,
+            batch_size=job.calib.batch_size if job.calib else 8, device=job.device, on_block=reporter.block,
+        )  # fmt: skip
+    with _phase("eval", job, metrics, reporter):
+        result: Evaluation = job.evaluation.run(model.to(job.device), tokenizer(job.model), job.data_root)
+    if errors:
+        metrics["block_error_mean"] = sum(errors) / len(errors)
+    return metrics | result.metrics, errors, result.samples
+
+
+@contextlib.contextmanager
+def _phase(name: str, job: Job, metrics: dict[str, float], reporter: Reporter) -> Iterator[None]:
+    """Time a phase and watch its peak memory: `<name>_time_s`, `peak_mem_<name>_mb`, `peak_device_mem_<name>_mb`."""
+    reporter.phase(name)
+    cuda = torch.device(job.device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(job.device)
+        torch.cuda.reset_peak_memory_stats(job.device)
+    clock = time.perf_counter()
+    with _peak_rss() as peak:
+        yield
+        if cuda:
+            torch.cuda.synchronize(job.device)
+    metrics[f"{name}_time_s"] = time.perf_counter() - clock
+    metrics[f"peak_mem_{name}_mb"] = peak[0] / 1e6
+    if cuda:
+        metrics[f"peak_device_mem_{name}_mb"] = torch.cuda.max_memory_allocated(job.device) / 1e6
+
+
+@contextlib.contextmanager
+def _peak_rss() -> Iterator[list[float]]:
+    """The largest resident set of this process while the context lasts, in bytes, sampled every 5 ms."""
+    process, peak, done = psutil.Process(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], process.memory_info().rss)
+            if done.wait(0.005):
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    """Which data the numbers came from: name, where it was found, SHA-256."""
+    texts = {name: load_text(name, "test", job.data_root) for name in job.evaluation.ppl}
+    data: dict[str, Any] = {f"eval/{n}": {"origin": t.origin, "sha256": t.sha256} for n, t in texts.items()}
+    if job.calib is not None:
+        tokens = calibration_tokens(job.model, job.calib, job.data_root)
+        data[f"calib/{job.calib.name}"] = {"shape": list(tokens.shape), "sha256": sha256(tokens)}
+    return data
+
+
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions, and the commit of qbench where it runs from a repository."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("qbench", "torch", "transformers", "lm_eval", "datasets", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"versions": versions, "git_commit": _git_commit()}
+
+
+def command() -> str:
+    """What the user typed."""
+    return os.environ.get("QBENCH_COMMAND", "not started by the command line")
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():  # an installed package may lie inside someone else's repository
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,89 @@
+"""What a worker does at the moment, in a file that anybody who sees the results folder can read.
+
+results/workers/<name>.json
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+_OLD = 86_400  # seconds after which the file of a worker that was killed is swept up
+
+
+@dataclass
+class Beacon:
+    """One worker's file; rewritten at every phase of a job and every second or so.
+
+    A disk that is full does not stop it: what is shown is then old, and nothing else is lost.
+    """
+
+    folder: Path
+    name: str
+    launch: str
+    log: str | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    def __enter__(self) -> Self:
+        self.state = {
+            "name": self.name, "launch": self.launch, "host": socket.gethostname(), "pid": os.getpid(),
+            "log": self.log, "state": "starting", "since": time.time(), "job": None, "title": "", "phase": "",
+            "block": None, "done": 0, "failed": 0,
+        }  # fmt: skip
+        self.write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def update(self, **fields: Any) -> None:
+        self.state.update(fields)
+        self.write()
+
+    def count(self, status: str) -> None:
+        """Note that a job ended; its claim is over."""
+        self.state["done" if status == "done" else "failed"] += 1
+        self.update(state="between jobs", job=None, claim=None)
+
+    def write(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            draft = self.path.with_suffix(".tmp")
+            draft.write_text(json.dumps(self.state))
+            draft.replace(self.path)
+
+    def remove(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What a worker says, with `age`: seconds since it said it; `None` if it says nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        age = time.time() - path.stat().st_mtime
+        return json.loads(path.read_text()) | {"age": age}
+    return None
+
+
+def beacons(folder: Path, launch: str | None = None) -> list[dict[str, Any]]:
+    """What the workers (of one launch) say, by name."""
+    found = []
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        state = read(path)
+        if state is not None and state["age"] > _OLD:
+            path.unlink(missing_ok=True)
+        elif state is not None and launch in (None, state["launch"]):
+            found.append(state)
+    return found

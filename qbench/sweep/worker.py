@@ -1,0 +1,283 @@
+"""The loop that runs jobs: claim one, run it, record it. The same on every machine and under every launcher."""
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from qbench.errors import UsageError, first_line
+from qbench.job import Job
+from qbench.run import Outcome, Reporter, Shared, failure, run
+from qbench.sweep.beacon import Beacon
+from qbench.sweep.launch import Group, Launch, by_group
+from qbench.track.claims import Claim, Claims
+
+# Exit codes of a worker process, for its supervisor.
+FINISHED, TIMED_OUT, UNWRITABLE, STOPPED = 0, 75, 74, 76
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EFBIG}
+_LOG_TAIL = 4000  # characters of a worker's log that a failed record keeps
+
+
+class StoreTrouble(OSError):
+    """The results folder could not be written for as long as a worker waits."""
+
+
+@dataclass
+class Worker:
+    """Runs the jobs of a launch until all are over, sharing them with whoever else does.
+
+    Attributes:
+        start: Where among the groups to begin, from 0 to 1, so that several workers begin apart.
+        own_process: Whether the process does nothing else and may be ended to end a job that hangs.
+        parent: The process that must stay alive for this one to go on.
+        log: The file that this process's output goes to.
+        patience: Seconds to wait for a results folder that cannot be written.
+        report: Told of every phase and block.
+    """
+
+    launch: Launch
+    claims: Claims
+    beacon: Beacon
+    start: float = 0.0
+    own_process: bool = True
+    parent: int | None = None
+    log: Path | None = None
+    patience: float = 60.0
+    report: Callable[[dict[str, Any]], None] = lambda state: None
+    _shared: Shared = field(default_factory=Shared)
+    _left: dict[Group, list[str]] = field(default_factory=dict)
+    _group: Group | None = None
+    _ending: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self) -> Iterator[str]:
+        """Run jobs until none is left; yields the fingerprint of each record that it writes.
+
+        Raises:
+            StoreTrouble: If a record could not be written.
+        """
+        self._left = by_group(self.launch.groups, self.launch.configs)
+        names = list(self._left)
+        first = int(self.start * len(names))
+        self._left = {name: self._left[name] for name in names[first:] + names[:first]}
+        with self.beacon:
+            while (taken := self._next()) is not None:
+                fingerprint, claim = taken
+                try:
+                    if self._execute(fingerprint, claim):
+                        yield fingerprint
+                finally:
+                    claim.give_back()
+
+    def _next(self) -> tuple[str, Claim] | None:
+        """Claim a job: of the group at hand, of one that nobody works on, or of the longest; waits for claims to end."""
+        while True:
+            if self._group in self._left and (taken := self._take(self._group)):
+                return taken
+            self._left = {g: left for g, jobs in self._left.items() if (left := self._not_over(jobs))}
+            if not self._left:
+                return None
+            for group in self._untouched():
+                if taken := self._take(group):
+                    self._group = group
+                    return taken
+            for group in sorted(self._left, key=lambda g: -len(self._left[g])):
+                # A stolen job comes from the far end of its group, where its owner arrives last.
+                if taken := self._take(group, backwards=True):
+                    return taken
+            self.beacon.update(state="waiting", job=None, title="", phase="")
+            if self.is_orphan():
+                raise KeyboardInterrupt
+            time.sleep(0.5)
+
+    def is_orphan(self) -> bool:
+        """Whether the launcher that started this worker is gone."""
+        return self.parent is not None and os.getppid() != self.parent
+
+    def _not_over(self, fingerprints: list[str]) -> list[str]:
+        return [f for f in fingerprints if not self.launch.is_over(f)]
+
+    def _untouched(self) -> list[Group]:
+        """The groups that nobody works on."""
+        return [g for g, jobs in self._left.items() if not any(self.claims.held(f) for f in jobs)]
+
+    def _take(self, group: Group, *, backwards: bool = False) -> tuple[str, Claim] | None:
+        jobs = self._left[group]
+        for fingerprint in list(reversed(jobs) if backwards else jobs):
+            if self.launch.is_over(fingerprint):
+                jobs.remove(fingerprint)
+            elif (claim := self.claims.take(fingerprint)) is not None:
+                jobs.remove(fingerprint)
+                if not self.launch.is_over(fingerprint):
+                    return fingerprint, claim
+                claim.give_back()  # its record came between the two looks
+        return None
+
+    def _execute(self, fingerprint: str, claim: Claim) -> bool:
+        """Run one job and keep its record; says whether it was kept."""
+        job = self.launch.job(fingerprint)
+        started = datetime.now(UTC)
+        log_from = self.log.stat().st_size if self.log else 0
+        if claim.broken >= self.launch.rules.attempts:
+            death = self.claims.last_death(claim)
+            reason = f"{death['reason']}; {claim.broken} workers were lost on this job"
+            self._keep(Outcome(failure(job, started, "killed", reason, log=death["log"])))
+            return True
+        self.beacon.update(
+            state="running", job=fingerprint, title=job.title, phase="load", job_since=time.time(),
+            block=None, claim=str(claim.path), log_from=log_from,
+        )  # fmt: skip
+        watch = _Watch(self, job, claim, started, log_from)
+        with watch:
+            outcome = run(job, self._shared, Reporter(self._on_phase, self._on_block))
+        if claim.lost:
+            print(f"{job.title}: another worker took the job during a long silence; dropped here", flush=True)
+            return False
+        if outcome.record["status"] == "failed":
+            outcome.record["log_tail"] = self.log_tail(log_from)
+            print(
+                f"{job.title}: failed, {outcome.record['reason']}\n{outcome.record['traceback']}", flush=True
+            )
+        with self._ending:
+            self._keep(outcome)
+        self.beacon.count(outcome.record["status"])
+        return True
+
+    def _on_phase(self, name: str) -> None:
+        self.beacon.update(phase=name, block=None)
+        self.report(self.beacon.state)
+
+    def _on_block(self, done: int, total: int) -> None:
+        self.beacon.state["block"] = [done, total]  # written with the next beat
+        self.report(self.beacon.state)
+
+    def _keep(self, outcome: Outcome) -> None:
+        deadline, pause = time.monotonic() + self.patience, 1.0
+        while True:
+            try:
+                self.launch.store.write(outcome.record, outcome.samples)
+                return
+            except OSError as error:
+                if error.errno not in _UNWRITABLE:
+                    raise
+                if time.monotonic() + pause > deadline:
+                    raise StoreTrouble(error.errno, error.strerror or "cannot be written") from error
+                print(f"results cannot be written ({error.strerror}); waiting", file=sys.stderr, flush=True)
+                time.sleep(pause)
+                pause *= 2
+
+    def log_tail(self, log_from: int) -> str:
+        """What this process has logged since the job began."""
+        if self.log is None:
+            return ""
+        with contextlib.suppress(OSError), self.log.open(errors="replace") as file:
+            file.seek(log_from)
+            return file.read()[-_LOG_TAIL:]
+        return ""
+
+
+@dataclass
+class _Watch:
+    """Keeps a claim alive while a job runs, and ends what hangs."""
+
+    worker: Worker
+    job: Job
+    claim: Claim
+    started: datetime
+    log_from: int
+    _over: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> "_Watch":
+        self._thread = threading.Thread(target=self._beat, args=(threading.get_ident(),), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _beat(self, runner: int) -> None:
+        rules, clock = self.worker.launch.rules, time.monotonic()
+        interval = min(1.0, rules.lease / 4, rules.timeout or 1.0)
+        while not self._over.wait(interval):
+            self.claim.beat()
+            self.worker.beacon.write()
+            if self.worker.is_orphan():
+                self.claim.give_back()
+                self.worker.beacon.remove()
+                os._exit(STOPPED)
+            if (
+                rules.timeout is not None
+                and time.monotonic() - clock > rules.timeout
+                and self.worker.own_process
+            ):
+                self._end(runner, rules.timeout)
+
+    def _end(self, runner: int, timeout: float) -> None:
+        """Record that the job took too long, and end the process: a call into a library cannot be interrupted."""
+        with self.worker._ending:
+            if self._over.is_set():
+                return
+            frame: FrameType | None = sys._current_frames().get(runner)
+            trace = "".join(traceback.format_stack(frame)) if frame else ""
+            log = self.worker.log_tail(self.log_from)
+            reason = f"job.timeout: still running after {timeout:g} s"
+            with contextlib.suppress(OSError):
+                self.worker._keep(Outcome(failure(self.job, self.started, "timeout", reason, trace, log)))
+            self.claim.give_back()
+            self.worker.beacon.remove()
+            os._exit(TIMED_OUT)
+
+
+def serve(root: Path, launch: str | None, name: str | None, start: float, parent: int | None) -> int:
+    """Be a worker process; returns its exit code.
+
+    Raises:
+        UsageError: If there is nothing to work on.
+    """
+    from qbench.sweep.memory import keep_freed_memory
+
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends it to workers too: stopping them is the launcher's
+    signal.signal(signal.SIGTERM, _stop)
+    log = Path(os.environ["QBENCH_LOG"]).absolute() if "QBENCH_LOG" in os.environ else None
+    found = Launch.load(root, launch)
+    os.environ["QBENCH_COMMAND"] = found.command
+    name = name or f"{socket.gethostname()}-{os.getpid()}"
+    claims = Claims(found.root / "claims", found.rules.lease, name)
+    beacon = Beacon(found.root / "workers", name, found.id, str(log) if log else None)
+    worker = Worker(found, claims, beacon, start, parent=parent, log=log)
+    keep_freed_memory()
+    try:
+        for _ in worker.run():
+            pass
+    except KeyboardInterrupt:
+        return STOPPED
+    except StoreTrouble as error:
+        raise_to = f"results folder {str(found.root)!r} cannot be written: {error.strerror}"
+        print(raise_to, file=sys.stderr, flush=True)
+        return UNWRITABLE
+    except UsageError:
+        raise
+    except Exception as error:
+        print(f"worker {name} ends: {first_line(error)}", file=sys.stderr, flush=True)
+        raise
+    return FINISHED
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,183 @@
+"""Who is running which job: files in the results folder, so that workers need nothing but that folder in common.
+
+    results/claims/<fingerprint>.<n>
+
+The n-th claim of a job is a file that only one process can create, which its holder touches every few
+seconds. A claim is over when its holder gives it back, dies, or has not touched it for a while; the next worker then
+creates the (n+1)-th. Nothing is renamed and nothing is deleted while a sweep runs, so there is no moment in
+which two workers can hold a job, on a network file system neither.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_GIVEN_BACK = 0  # modification time of a claim that was given back
+_OLD = 86_400  # seconds after which a claim that is over is swept up
+
+
+def this_machine() -> str:
+    """A name for the place where process ids mean something: host, boot and process namespace."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+@dataclass
+class Claim:
+    """The right to run one job, as long as it is touched.
+
+    Attributes:
+        broken: How many holders before this one were lost since one last gave the job back.
+        lost: Set once another worker has taken the job, which it does after a long silence.
+    """
+
+    path: Path
+    broken: int = 0
+    lost: bool = False
+
+    def beat(self) -> None:
+        """Say that the holder lives."""
+        if self._next.exists():  # this process slept for longer than the lease
+            self.lost = True
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.path)
+
+    def give_back(self) -> None:
+        """Let the next worker have the job at once."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.path, (_GIVEN_BACK, _GIVEN_BACK))
+
+    @property
+    def _next(self) -> Path:
+        return self.path.with_suffix(f".{int(self.path.suffix[1:]) + 1}")
+
+
+@dataclass
+class Claims:
+    """The claims under one results folder, as one process sees them.
+
+    Attributes:
+        lease: Seconds of silence after which a claim of another machine is over.
+    """
+
+    root: Path
+    lease: float = 60.0
+    worker: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    _offset: tuple[float, float] | None = None
+
+    def take(self, fingerprint: str) -> Claim | None:
+        """Claim a job; `None` while somebody else holds it."""
+        number, broken = 0, 0
+        while True:
+            path = self.root / f"{fingerprint}.{number}"
+            try:
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                if (state := self._state(path)) == "held":
+                    return None
+                number, broken = number + 1, broken + 1 if state == "broken" else 0
+                continue
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(self._holder(), file)
+            return Claim(path, broken)
+
+    def reset(self, fingerprints: list[str]) -> None:
+        """Give back what holders before this launch lost: only losses that it sees count against a job."""
+        for fingerprint in fingerprints:
+            for path in self._of(fingerprint):
+                if self._state(path) == "broken":
+                    Claim(path).give_back()
+
+    def held(self, fingerprint: str) -> bool:
+        return any(self._state(path) == "held" for path in self._of(fingerprint))
+
+    def note_death(self, claim: Path, reason: str, log: str) -> None:
+        """Leave word of how the holder of `claim` ended, for the record of the job, and end the claim."""
+        with contextlib.suppress(OSError):
+            claim.with_name(f"death-{claim.name}").write_text(json.dumps({"reason": reason, "log": log}))
+
+    def last_death(self, claim: Claim) -> dict[str, str]:
+        """What is known of the end of the holder before this one."""
+        before = claim.path.with_suffix(f".{int(claim.path.suffix[1:]) - 1}")
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(before.with_name(f"death-{before.name}").read_text())
+        holder = _read(before)
+        return {"reason": f"worker {holder.get('worker', 'unknown')} was lost without a word", "log": ""}
+
+    def sweep_up(self) -> None:
+        """Delete the claims of jobs that nobody has touched for a day."""
+        last: dict[str, float] = {}
+        files = list(self.root.iterdir()) if self.root.is_dir() else []
+        for path in files:
+            job = path.name.removeprefix("death-").partition(".")[0]
+            with contextlib.suppress(FileNotFoundError):
+                stat = (
+                    path.stat()
+                )  # giving a claim back sets its modification time, but not that of its change
+                last[job] = max(last.get(job, 0.0), stat.st_mtime, stat.st_ctime)
+        for path in files:
+            if last.get(path.name.removeprefix("death-").partition(".")[0], 0.0) < time.time() - _OLD:
+                path.unlink(missing_ok=True)
+
+    def _of(self, fingerprint: str) -> Iterator[Path]:
+        number = 0
+        while (path := self.root / f"{fingerprint}.{number}").exists():
+            yield path
+            number += 1
+
+    def _state(self, path: Path) -> str:
+        """`held`, `given back`, or `broken`: its holder died or fell silent."""
+        try:
+            touched = path.stat().st_mtime
+        except FileNotFoundError:
+            return "given back"
+        if touched == _GIVEN_BACK:
+            return "given back"
+        holder = _read(path)
+        if holder.get("machine") == this_machine():
+            return "held" if _alive(holder) else "broken"
+        return "broken" if self.now() - touched > self.lease else "held"
+
+    def now(self) -> float:
+        """The clock of the file system that holds the claims: those of two machines may differ by minutes."""
+        if self._offset is None or time.monotonic() - self._offset[0] > 60:
+            probe = self.root / f"clock-{self.worker}-{threading.get_ident()}"
+            probe.touch()
+            self._offset = time.monotonic(), probe.stat().st_mtime - time.monotonic()
+            probe.unlink(missing_ok=True)
+        return self._offset[1] + time.monotonic()
+
+    def _holder(self) -> dict[str, Any]:
+        process = psutil.Process()
+        return {
+            "worker": self.worker, "machine": this_machine(), "pid": process.pid, "born": process.create_time(),
+        }  # fmt: skip
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(holder["pid"])
+        # A process id may have been given to another process since.
+        return abs(process.create_time() - holder["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Whose claim it is; empty in the instant between its creation and its first content."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
