@@ -40,7 +40,7 @@ def test_every_choice_builds(choice):
 
 @pytest.mark.parametrize("path", sorted((CONF / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_scheme_is_what_its_name_says(path):
-    ours, named = settings_of(f"scheme={path.stem}").scheme(), Scheme.parse(path.stem)
+    ours, named = settings_of(f"scheme={path.stem}").scheme, Scheme.parse(path.stem)
     assert str(ours).removesuffix("-wsym") == str(named)
     assert str(ours).endswith("-wsym") == (named.activation is not None), (
         "symmetric weights go with activation bits"
@@ -67,9 +67,9 @@ def test_every_study_names_axes_that_exist(path):
 
 
 def test_single_keys_override_the_scheme():
-    scheme = settings_of("scheme=w4a16g128", "wbits=3", "group_size=64").scheme()
+    scheme = settings_of("scheme=w4a16g128", "wbits=3", "group_size=64").scheme
     assert str(scheme) == "w3a16g64"
-    assert str(settings_of("wbits=4", "group_size=-1").scheme()) == "w4a16"
+    assert str(settings_of("wbits=4", "group_size=-1").scheme) == "w4a16"
 
 
 def fingerprint(*overrides: str) -> str:

@@ -128,7 +128,9 @@ def test_a_failed_job_is_mirrored_as_failed(store, uri):
 @pytest.mark.parametrize("step", ["_create", "_log", "_copy_files"])
 @pytest.mark.parametrize("lose_the_marks", [False, True])
 def test_a_run_cut_off_in_the_middle_is_made_again(step, lose_the_marks, store, uri, monkeypatch):
-    mirror = MLflowMirror(uri, NAME, store)
+    mirror, (other,) = MLflowMirror(uri, NAME, store), others(1)
+    store.write(other, [])
+    mirror.mirror(other)
     with monkeypatch.context() as patch:
         patch.setattr(mirror, step, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -136,8 +138,12 @@ def test_a_run_cut_off_in_the_middle_is_made_again(step, lose_the_marks, store, 
     assert not mirror.marks.has(RECORD)
     if lose_the_marks:
         shutil.rmtree(mirror.marks.folder)
-    assert MLflowMirror(uri, NAME, store).mirror(RECORD)
-    assert [r.info.status for r in runs_of(uri)] == ["FINISHED"]
+    mirror = MLflowMirror(uri, NAME, store)
+    assert mirror.mirror(RECORD)
+    assert not mirror.mirror(other)
+    runs = runs_of(uri)
+    assert [r.info.status for r in runs] == ["FINISHED"] * 2
+    assert {r.data.tags["qbench.fingerprint"] for r in runs} == {r["fingerprint"] for r in (RECORD, other)}
 
 
 @pytest.mark.parametrize("text", ["pending\n", "", "\0" * 60])
@@ -318,18 +324,21 @@ def test_system_samples_keep_their_times(store, uri):
     assert "system/t" not in run.data.metrics
 
 
-def test_a_record_does_not_change_with_its_artefact(store, uri):
+def test_a_record_does_not_change_with_its_artefact(store, uri, tmp_path):
     MLflowMirror(uri, NAME, store).mirror(RECORD)
     client, (run,) = client_and_runs(uri)
-    client.log_text(run.info.run_id, "something else", "record.json")
+    (tmp_path / "note").mkdir()
+    (tmp_path / "note" / "record.json").write_text("something else")
+    client.log_artifacts(run.info.run_id, str(tmp_path / "note"))
     assert store.read(RECORD["fingerprint"]) == RECORD
 
 
-def test_artefacts_go_wherever_the_experiment_keeps_them(store, uri, tmp_path):
-    """Also where it is no `file:` address, as in experiments that MLflow's own commands make."""
-    client = MlflowClient(tracking_uri=uri)
-    client.create_experiment(NAME, artifact_location=str(tmp_path / "some where"))
+def test_artefacts_go_wherever_the_experiment_keeps_them(store, uri, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        MlflowClient, "log_artifacts", lambda self, run_id, folder: sent.append((run_id, folder))
+    )
+    MlflowClient(tracking_uri=uri).create_experiment(NAME, artifact_location="s3://bucket/somewhere")
     MLflowMirror(uri, NAME, store).mirror(RECORD)
     (run,) = runs_of(uri)
-    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"record.json", "samples.parquet"}
-    assert list((tmp_path / "some where").rglob("samples.parquet"))
+    assert sent == [(run.info.run_id, str(store.path(RECORD["fingerprint"])))]

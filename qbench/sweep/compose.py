@@ -25,7 +25,7 @@ _PLAIN = (bool, int, float, str, list, type(None))
 _REFERENCE = re.compile(r"\$\{\s*([\w]+)[\w.]*\s*\}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each text has one, which is equal to itself alone
 class _Setting:
     """One override: the section it concerns, and the value to set where it is no more than that."""
 
@@ -69,7 +69,8 @@ class Composer:
     loader: Any
     master: DictConfig
     _sections: dict[tuple[str, ...], _Section] = field(default_factory=dict)
-    _filled: dict[tuple[str, ...], _Filled] = field(default_factory=dict)
+    _filled: dict[tuple[Any, ...], _Filled] = field(default_factory=dict)
+    _defaults: dict[str, _Filled] = field(default_factory=dict)
     _resolved: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _whole: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
     _settings: dict[str, _Setting] = field(default_factory=dict)
@@ -87,27 +88,41 @@ class Composer:
         Raises:
             HydraException, OmegaConfBaseException: What Hydra says of the overrides.
         """
-        by_section: dict[str, list[_Setting]] = {"": [], **{name: [] for name in self._names}}
+        touched: dict[str, list[_Setting]] = {}
         for text in overrides:
             setting = self._settings.get(text)
             if setting is None:
                 setting = self._settings[text] = self._read(text)
-            by_section[setting.section].append(setting)
-        found = {name: self._fill(name, tuple(settings)) for name, settings in by_section.items()}
-        if not all(part.section.alone for part in found.values()) or found[""].section.references:
+            touched.setdefault(setting.section, []).append(setting)
+        found = self._untouched()
+        for name, settings in touched.items():
+            found[name] = self._fill(name, tuple(settings))
+        if found[""].section.references or not all(found[name].section.alone for name in touched):
             return self._by_hydra(tuple(overrides))
         config = dict(found[""].content)
+        referring = []
         for name in self._names:
-            if (missing := found[name].missing) is not None:
-                raise MissingMandatoryValue(f"Missing mandatory value: {name}.{missing}")
-            config[name] = found[name].content
-        for name in self._names:
-            if references := found[name].section.references:
-                if any(found[other].section.references for other in references & set(self._names)):
-                    return self._by_hydra(tuple(overrides))
-                config[name] = self._resolve(name, config, references)
+            part = found[name]
+            if part.missing is not None:
+                raise MissingMandatoryValue(f"Missing mandatory value: {name}.{part.missing}")
+            config[name] = part.content
+            if part.section.references:
+                referring.append(name)
+        for name in referring:
+            references = found[name].section.references
+            if not references.isdisjoint(referring):
+                return self._by_hydra(tuple(overrides))
+            config[name] = self._resolve(name, config, references)
         config["algo_name"] = found["algo"].section.algo
         return config
+
+    def _untouched(self) -> dict[str, _Filled]:
+        """Every section as it is by default."""
+        if not self._defaults:
+            self._defaults = {name: self._fill(name, ()) for name in ("", *self._names)}
+            if not all(part.section.alone for part in self._defaults.values()):
+                raise NotImplementedError("conf/config.yaml has a reference that is not of the form ${key}")
+        return dict(self._defaults)
 
     def _read(self, text: str) -> _Setting:
         override = _parsed(self.loader, text)
@@ -122,7 +137,7 @@ class Composer:
 
     def _fill(self, name: str, settings: tuple[_Setting, ...]) -> _Filled:
         """A section with its plain values set; what has no such key is left to Hydra to refuse or to add."""
-        key = (name, *(s.text for s in settings))
+        key = (name, *settings)
         if key not in self._filled:
             section = self._section(name, tuple(s.text for s in settings if not s.path))
             content = copy.deepcopy(section.content)

@@ -75,7 +75,7 @@ def make_plan(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
             if plan.settings is None:
                 first, plan.settings = config, jobs.settings(config)
                 recorded = dict.fromkeys(_names(plan.store.records))
-            if any(config[key] != first[key] for key in _SHARED):
+            if any(config[key] is not first[key] and config[key] != first[key] for key in _SHARED):
                 raise UsageError(
                     f"{', '.join(_SHARED[:-1])} are one for a whole sweep; give each a single value"
                 )

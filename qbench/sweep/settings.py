@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -103,8 +103,8 @@ class LauncherSettings(_Strict):
     address: str | None = None
 
 
-class Settings(_Strict):
-    """Every key of `conf/config.yaml`.
+class Plain(_Strict):
+    """The keys of `conf/config.yaml` that are no sections.
 
     Attributes:
         force: Run jobs again that have a record.
@@ -112,15 +112,7 @@ class Settings(_Strict):
         plan: Show what would run, and run nothing.
     """
 
-    algo: dict[str, Any]
     algo_name: str
-    model: ModelSettings
-    calib: CalibSettings
-    eval: EvalSettings
-    data: DataSettings
-    tracker: TrackerSettings
-    launcher: LauncherSettings
-    job: JobSettings
     wbits: int
     abits: int
     kvbits: int
@@ -135,12 +127,26 @@ class Settings(_Strict):
     baseline: bool
     plan: bool
 
+    @cached_property
     def scheme(self) -> Scheme:
-        return _scheme(
+        return Scheme.of(
             self.wbits, self.abits, self.kvbits, self.group_size,
             weight_symmetric=self.weight_symmetric, act_symmetric=self.act_symmetric,
             act_granularity=self.act_granularity,
         )  # fmt: skip
+
+
+class Settings(Plain):
+    """Every key of `conf/config.yaml`."""
+
+    algo: dict[str, Any]
+    model: ModelSettings
+    calib: CalibSettings
+    eval: EvalSettings
+    data: DataSettings
+    tracker: TrackerSettings
+    launcher: LauncherSettings
+    job: JobSettings
 
 
 @dataclass
@@ -148,6 +154,7 @@ class Jobs:
     """Builds the jobs of many configs; what configs share (the same object, from one composer) is built once."""
 
     _parts: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
+    _plain: dict[tuple[Any, ...], Plain] = field(default_factory=dict)
 
     def settings(self, config: dict[str, Any]) -> Settings:
         """Check a composed config.
@@ -155,12 +162,9 @@ class Jobs:
         Raises:
             ValueError: With one line that names the key and what it should be.
         """
-        known = {
-            name: self._once(name, config[name], partial(_read, kind, name))
-            for name, kind in _SECTIONS.items()
-            if name in config
-        }
-        return _read(Settings, "", config | known)
+        return _read(
+            Settings, "", config | {name: self._section(name, config) for name in _SECTIONS if name in config}
+        )
 
     def job(self, config: dict[str, Any]) -> Job:
         """Build the job of a config.
@@ -169,30 +173,47 @@ class Jobs:
             Unsuitable: If valid choices do not go together.
             ValueError: If a value is out of range, or a key unknown.
         """
-        asked = self.settings(config)
+        asked = self._checked_plain(config)
+        model, calib, evaluation, data = (
+            self._section(name, config) for name in ("model", "calib", "eval", "data")
+        )
         algorithm = self._once("algorithm", config["algo"], partial(build_algorithm, asked.algo_name))
-        scheme = Scheme() if isinstance(algorithm, FloatingPoint) else asked.scheme()
-        if scheme.is_float and not isinstance(algorithm, FloatingPoint):
+        is_float = isinstance(algorithm, FloatingPoint)
+        scheme = Scheme() if is_float else asked.scheme
+        if scheme.is_float and not is_float:
             raise Unsuitable(
                 f"algo={asked.algo_name} has nothing to quantize at w16a16", "set wbits, abits or kvbits"
             )
-        calib = _calibration(asked.calib, asked.seed) if needs_data(algorithm, scheme) else None
         return Job(
-            _model(asked.model, asked.device), asked.algo_name, algorithm, scheme, calib, _evaluation(asked.eval),
-            asked.device, asked.data.root, config,
+            _model(model, asked.device), asked.algo_name, algorithm, scheme,
+            _calibration(calib, asked.seed) if needs_data(algorithm, scheme) else None,
+            _evaluation(evaluation), asked.device, data.root, config,
         )  # fmt: skip
+
+    def _checked_plain(self, config: dict[str, Any]) -> Plain:
+        try:
+            key = tuple([config[name] for name in Plain.model_fields])
+            if (known := self._plain.get(key)) is not None:
+                return known
+        except (
+            KeyError,
+            TypeError,
+        ):  # a key is missing, or has a value of the wrong kind: let the check say so
+            key = ()
+        self.settings(config)  # a section that no job reads, or a key that nobody knows, is refused as well
+        found = self._plain[key] = _read(
+            Plain, "", {k: v for k, v in config.items() if k in Plain.model_fields}
+        )
+        return found
+
+    def _section(self, name: str, config: dict[str, Any]) -> Any:
+        return self._once(name, config[name], _SECTIONS[name])
 
     def _once(self, name: str, part: Any, build: Callable[[Any], Any]) -> Any:
         key = (name, id(part))
-        if key not in self._parts:
-            self._parts[key] = part, build(part)  # the part is kept, so that its id stays its own
-        return self._parts[key][1]
-
-
-_SECTIONS: dict[str, type[_Strict]] = {
-    "model": ModelSettings, "calib": CalibSettings, "eval": EvalSettings, "data": DataSettings,
-    "tracker": TrackerSettings, "launcher": LauncherSettings, "job": JobSettings,
-}  # fmt: skip
+        if (known := self._parts.get(key)) is None:
+            known = self._parts[key] = part, build(part)  # the part is kept, so that its id stays its own
+        return known[1]
 
 
 def floating_point(config: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +236,13 @@ def _read(kind: type[Read], name: str, config: dict[str, Any]) -> Read:
         raise ValueError(f"{key}={first['input']!r}: {problem}") from error
 
 
-_scheme = cache(Scheme.of)
+_SECTIONS: dict[str, Callable[[Any], _Strict]] = {
+    name: partial(_read, kind, name)
+    for name, kind in (
+        ("model", ModelSettings), ("calib", CalibSettings), ("eval", EvalSettings), ("data", DataSettings),
+        ("tracker", TrackerSettings), ("launcher", LauncherSettings), ("job", JobSettings),
+    )
+}  # fmt: skip
 
 
 @cache

@@ -131,7 +131,6 @@ class MLflowMirror:
             if self._is_alive(run_id):
                 self._client.set_terminated(run_id, "FINISHED")
             self.marks.end(f"sweep-{sweep}", "FINISHED", run_id)
-        self._parents.clear()
 
     def _make_marks(self, experiment: str) -> None:
         self.marks.clear()
@@ -233,7 +232,7 @@ class MLflowMirror:
         where = urlsplit(run.info.artifact_uri)
         if where.scheme == "file" and not where.netloc:
             # What log_artifacts does, without asking for the run again (a seventh of the time). Not a hard link:
-            # MLflow overwrites artefacts in place, and the record must not change with them.
+            # log_artifacts overwrites files in place, and the record must not change with them.
             shutil.copytree(folder, url2pathname(where.path), dirs_exist_ok=True)
         else:
             self._client.log_artifacts(run.info.run_id, str(folder))
