@@ -115,7 +115,11 @@ def canonical(part: Any) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _cached_canonical(part: Any) -> str:
-    return json.dumps(part.identity(), sort_keys=True, separators=(",", ":"))
+    identity = part.identity()
+    try:
+        return json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"a setting is not a finite number: {identity}") from error
 
 
 # What jobs in one process share. Each is built once and never changed.

@@ -162,6 +162,7 @@ def _measure(
         model = shared.model(job.model)
         tokens = calibration_tokens(job.model, job.calib, job.data_root) if job.calib else None
         first = shared.first(model, job)
+        job.evaluation.prepare(tokenizer(job.model), job.data_root)
     metrics |= size_metrics(model, job.scheme)
     with _phase("calib", job, metrics, reporter):
         errors = quantize(

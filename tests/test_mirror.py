@@ -170,6 +170,20 @@ def test_a_parent_whose_mark_was_cut_off_is_taken_up(text, store, uri):
     assert parent.info.status == "FINISHED"
 
 
+def test_a_sweep_killed_while_its_parent_was_made_has_one_parent(store, uri, monkeypatch):
+    store.open_sweep("qbench -m", [RECORD["fingerprint"]])
+    mirror = MLflowMirror(uri, NAME, store)
+    with monkeypatch.context() as patch:
+        patch.setattr(Marks, "end", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mirror.mirror(RECORD)
+    assert len(runs_of(uri)) == 1
+    mirror = MLflowMirror(uri, NAME, store)
+    mirror.mirror(RECORD)
+    mirror.close()
+    assert [r.info.status for r in runs_of(uri)] == ["FINISHED"] * 2
+
+
 def test_neither_opening_nor_copying_searches_once_there_are_marks(store, uri, searches):
     mirror = MLflowMirror(uri, NAME, store)
     searches.clear()

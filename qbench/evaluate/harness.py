@@ -62,6 +62,12 @@ def _manager() -> Any:
     return TaskManager(verbosity="ERROR")
 
 
+def prepare(names: tuple[str, ...]) -> None:
+    """Build the named tasks, which reads their data."""
+    for name in names:
+        _task(name)
+
+
 @cache
 def _task(name: str) -> dict[str, Any]:
     """The lm-eval task objects behind a name; building them reads the data, so they are kept."""

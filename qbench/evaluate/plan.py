@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qbench.data.corpora import known, load_text, versioned
 from qbench.data.tokens import tokenize
-from qbench.evaluate.harness import accuracy, check_names
+from qbench.evaluate.harness import accuracy, check_names, prepare
 from qbench.evaluate.perplexity import check_length, perplexity
 from qbench.evaluate.result import NOTHING, Evaluation
 
@@ -66,6 +66,11 @@ class EvalPlan:
         """
         for name in self.ppl:
             check_length(name, self._tokens(name, tokenizer, root), self.seq_len)
+
+    def prepare(self, tokenizer: Any, root: Path | None = None) -> None:
+        """Read what will be evaluated on; it is kept."""
+        self.check(tokenizer, root)
+        prepare(self.tasks)
 
     def run(self, model: Any, tokenizer: Any, root: Path | None = None) -> Evaluation:
         result = NOTHING

@@ -27,6 +27,7 @@ from qbench.track.claims import Claim, Claims
 FINISHED, TIMED_OUT, UNWRITABLE, STOPPED = 0, 75, 74, 76
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EFBIG}
+_LOADING = 1800.0  # seconds of loading that do not count towards job.timeout
 _LOG_TAIL = 4000  # characters of a worker's log that a failed record keeps
 
 
@@ -150,7 +151,12 @@ class Worker:
                 f"{job.title}: failed, {outcome.record['reason']}\n{outcome.record['traceback']}", flush=True
             )
         with self._ending:
-            self._keep(outcome)
+            try:
+                self._keep(outcome)
+            except (TypeError, ValueError) as error:  # a result that cannot be stored is a failure of its job
+                self._keep(
+                    Outcome(failure(job, started, "raised", first_line(error), traceback.format_exc()))
+                )
         self.beacon.count(outcome.record["status"])
         return True
 
@@ -210,21 +216,21 @@ class _Watch:
             self._thread.join()
 
     def _beat(self, runner: int) -> None:
-        rules, clock = self.worker.launch.rules, time.monotonic()
-        interval = min(1.0, rules.lease / 4, rules.timeout or 1.0)
-        while not self._over.wait(interval):
+        timeout, lease = self.worker.launch.rules.timeout, self.worker.launch.rules.lease
+        began = counted = time.monotonic()
+        while not self._over.wait(min(1.0, lease / 4, (timeout or 4.0) / 4)):
             self.claim.beat()
             self.worker.beacon.write()
             if self.worker.is_orphan():
                 self.claim.give_back()
                 self.worker.beacon.remove()
                 os._exit(STOPPED)
-            if (
-                rules.timeout is not None
-                and time.monotonic() - clock > rules.timeout
-                and self.worker.own_process
-            ):
-                self._end(runner, rules.timeout)
+            now = time.monotonic()
+            # What a job loads serves those after it too, and may come over a network: it has a limit of its own.
+            if self.worker.beacon.state["phase"] == "load" and now - began < _LOADING:
+                counted = now
+            if timeout is not None and now - counted > timeout and self.worker.own_process:
+                self._end(runner, timeout)
 
     def _end(self, runner: int, timeout: float) -> None:
         """Record that the job took too long, and end the process: a call into a library cannot be interrupted."""

@@ -1,0 +1,59 @@
+"""Algorithms that go wrong, for tests of the sweep engine.
+
+    qbench -m algo=rtn algo._target_=tests.faults.Faulty +algo.how=raise,hang,...
+
+`once` is a folder: a fault that has left its mark there does not happen again.
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qbench.algorithms.rtn import RTN
+from qbench.calib.stream import Block
+from qbench.quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Faulty(RTN):
+    """Rounding to nearest with a fault in the second block.
+
+    Attributes:
+        how: What happens; `slow` takes a while and is no fault.
+        once: Folder of marks; empty for a fault that happens every time.
+        tag: Tells jobs apart that are otherwise the same.
+    """
+
+    how: Literal["none", "raise", "oom", "hang", "kill", "not-finite", "exit", "slow"] = "none"
+    once: str = ""
+    tag: int = 0
+
+    def process(self, block: Block, scheme: Scheme) -> None:
+        super().process(block, scheme)
+        if block.index != 1 or self.how == "none":
+            return
+        if self.once:
+            mark = Path(self.once) / f"{self.how}-{self.tag}"
+            if mark.exists():
+                return
+            mark.touch()
+        if self.how == "raise":
+            raise RuntimeError("out of luck")
+        if self.how == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if self.how == "not-finite":
+            block.linears["self_attn.q_proj"].weight[0, 0] = float("nan")
+        if self.how == "kill":
+            print("about to be killed", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "exit":
+            os._exit(9)
+        if self.how == "slow":
+            time.sleep(0.4)
+        while self.how == "hang":
+            time.sleep(0.1)
