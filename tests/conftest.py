@@ -1,14 +1,22 @@
 """Tiny random models: every law must hold on CPU, offline, in seconds."""
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
+# What the embedded corpora are kept in: not the cache of whoever runs the tests, and made once for all of them.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qbench-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "0")
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +27,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from qbench import cli
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -77,3 +87,20 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data sets are not at {SHARED_DATA.relative_to(ROOT.parent)} beside the repository")
     return SHARED_DATA
+
+
+@pytest.fixture
+def qbench(tmp_path, monkeypatch):
+    """Run the command in an empty folder; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> int:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["qbench", *arguments])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run

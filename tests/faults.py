@@ -27,16 +27,21 @@ class Faulty(RTN):
         how: What happens; `slow` takes a while and is no fault.
         once: Folder of marks; empty for a fault that happens every time.
         tag: Tells jobs apart that are otherwise the same.
+        runs: File to which every run appends its tag.
     """
 
     how: Literal["none", "raise", "oom", "hang", "kill", "not-finite", "exit", "slow"] = "none"
     once: str = ""
     tag: int = 0
+    runs: str = ""
 
     def process(self, block: Block, scheme: Scheme) -> None:
         super().process(block, scheme)
         if block.index != 1 or self.how == "none":
             return
+        if self.runs:
+            with Path(self.runs).open("a") as file:
+                file.write(f"{self.tag}\n")
         if self.once:
             mark = Path(self.once) / f"{self.how}-{self.tag}"
             if mark.exists():

@@ -10,32 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
-from qbench import cli
 from qbench.models.load import ModelRef
 from qbench.track.records import RecordStore
 
 SMALL = ["model=nano-llama", "eval.max_windows=4", "eval.tasks=[]", "calib.n_samples=4", "calib.seq_len=64",
          "launcher=inline"]  # fmt: skip
 QUIET = [*SMALL, "tracker=none"]
-
-
-@pytest.fixture
-def qbench(tmp_path, monkeypatch):
-    """Run the command in an empty folder; returns its exit code."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> int:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["qbench", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
 
 
 def records() -> list[dict]:

@@ -18,6 +18,7 @@ COSTS = {
     "peak_mem_eval_mb": "eval peak MB",
     "peak_device_mem_calib_mb": "device peak MB",
 }
+_REASONS = 10  # failures that the terminal explains
 _SHOWN = ("calib s",)  # in the terminal; files have all costs
 
 
@@ -146,7 +147,7 @@ def show(frame: pd.DataFrame, console: Console) -> None:
         )
         for column in shown.columns:
             is_label = column in ("scheme", "algo", "setting")
-            may_fold = column == "setting" or any(str(cell).startswith("failed") for cell in shown[column])
+            may_fold = column == "setting"
             title = Text(str(column).replace("/", "\n", 1))
             grid.add_column(
                 title,
@@ -156,11 +157,20 @@ def show(frame: pd.DataFrame, console: Console) -> None:
                 no_wrap=not may_fold,
             )
         for row in shown.itertuples(index=False):
-            grid.add_row(*(Text(str(value)) for value in row))  # as it is: a reason may hold [brackets]
+            # Why a job failed stands below: in a cell it would push the numbers off the screen.
+            cells = ["failed" if str(value).startswith("failed: ") else str(value) for value in row]
+            grid.add_row(*(Text(cell) for cell in cells))
         # Wider than the terminal if it must be: a line that wraps is ugly, a number cut short is wrong.
         width = console.measure(grid, options=console.options.update(max_width=1000)).maximum
         wide = Console(file=console.file, width=max(width, console.width), force_terminal=console.is_terminal)
         wide.print(grid)
+
+
+def _why(record: dict[str, Any]) -> str:
+    """A failed job and its reason, on one line."""
+    labels = record["labels"]
+    title = " ".join(str(labels[key]) for key in ("model", "algo", "scheme", "calib") if labels[key])
+    return f"  {title} failed: {record['reason']}"
 
 
 def print_summary(
@@ -188,6 +198,10 @@ def print_summary(
         f"records   {results / 'records'}",
         f"tables    qbench tables results={results}",
     ]
+    reasons = [_why(record) for record in records if record["status"] == "failed"]
+    if len(reasons) > _REASONS:
+        reasons[_REASONS:] = [f"and {len(reasons) - _REASONS} more"]
+    lines[1:1] = reasons
     if failed:
         lines.append(f"failed    qbench retry results={results}")
     if tracker_uri:
