@@ -9,7 +9,7 @@ from pathlib import Path
 
 # What the embedded corpora are kept in: not the cache of whoever runs the tests, and made once for all of them.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qbench-cache-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests run at a time as there are cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "0")
@@ -29,6 +29,8 @@ from transformers import (
 )
 
 from qbench import cli
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

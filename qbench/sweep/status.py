@@ -22,6 +22,8 @@ def print_status(results: Path) -> None:
         UsageError: If there has been no sweep.
     """
     store, console = RecordStore(results), Console()
+    if not console.is_terminal:
+        console = Console(width=200)
     sweeps = list(store.sweeps().values())[-_SHOWN:]
     workers = beacons(results / "workers")
     if not sweeps and not workers:
