@@ -77,6 +77,8 @@ class Supervisor:
         Raises:
             LaunchError: If workers cannot start, or the results folder cannot be written.
         """
+        if not self.running:
+            raise LaunchError("all workers have ended, and jobs are left")
         for slot in self._slots:
             if slot.process is None:
                 continue

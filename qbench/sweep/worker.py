@@ -60,7 +60,6 @@ class Worker:
     _shared: Shared = field(default_factory=Shared)
     _left: dict[Group, list[str]] = field(default_factory=dict)
     _group: Group | None = None
-    _ending: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> Iterator[str]:
         """Run jobs until none is left; yields the fingerprint of each record that it writes.
@@ -133,7 +132,7 @@ class Worker:
         if claim.broken >= self.launch.rules.attempts:
             death = self.claims.last_death(claim)
             reason = f"{death['reason']}; {claim.broken} workers were lost on this job"
-            self._keep(Outcome(failure(job, started, "killed", reason, log=death["log"])))
+            self.keep(Outcome(failure(job, started, "killed", reason, log=death["log"])))
             return True
         self.beacon.update(
             state="running", job=fingerprint, title=job.title, phase="load", job_since=time.time(),
@@ -144,19 +143,19 @@ class Worker:
             outcome = run(job, self._shared, Reporter(self._on_phase, self._on_block))
         if claim.lost:
             print(f"{job.title}: another worker took the job during a long silence; dropped here", flush=True)
+            self._left.setdefault(self.launch.groups[fingerprint], []).append(
+                fingerprint
+            )  # it may be lost there too
             return False
         if outcome.record["status"] == "failed":
             outcome.record["log_tail"] = self.log_tail(log_from)
-            print(
-                f"{job.title}: failed, {outcome.record['reason']}\n{outcome.record['traceback']}", flush=True
-            )
-        with self._ending:
-            try:
-                self._keep(outcome)
-            except (TypeError, ValueError) as error:  # a result that cannot be stored is a failure of its job
-                self._keep(
-                    Outcome(failure(job, started, "raised", first_line(error), traceback.format_exc()))
-                )
+            if self.log is not None:
+                print(f"{job.title}: failed\n{outcome.record['traceback']}", flush=True)
+        try:
+            self.keep(outcome)
+        except (TypeError, ValueError) as error:  # a result that cannot be stored is a failure of its job
+            outcome = Outcome(failure(job, started, "raised", first_line(error), traceback.format_exc()))
+            self.keep(outcome)
         self.beacon.count(outcome.record["status"])
         return True
 
@@ -168,7 +167,12 @@ class Worker:
         self.beacon.state["block"] = [done, total]  # written with the next beat
         self.report(self.beacon.state)
 
-    def _keep(self, outcome: Outcome) -> None:
+    def keep(self, outcome: Outcome) -> None:
+        """Write a record, waiting for room if there is none.
+
+        Raises:
+            StoreTrouble: If there is none for long.
+        """
         deadline, pause = time.monotonic() + self.patience, 1.0
         while True:
             try:
@@ -234,18 +238,17 @@ class _Watch:
 
     def _end(self, runner: int, timeout: float) -> None:
         """Record that the job took too long, and end the process: a call into a library cannot be interrupted."""
-        with self.worker._ending:
-            if self._over.is_set():
-                return
-            frame: FrameType | None = sys._current_frames().get(runner)
-            trace = "".join(traceback.format_stack(frame)) if frame else ""
-            log = self.worker.log_tail(self.log_from)
-            reason = f"job.timeout: still running after {timeout:g} s"
-            with contextlib.suppress(OSError):
-                self.worker._keep(Outcome(failure(self.job, self.started, "timeout", reason, trace, log)))
-            self.claim.give_back()
-            self.worker.beacon.remove()
-            os._exit(TIMED_OUT)
+        frame: FrameType | None = sys._current_frames().get(runner)
+        trace = "".join(traceback.format_stack(frame)) if frame else ""
+        log = self.worker.log_tail(self.log_from)
+        reason = f"job.timeout: still running after {timeout:g} s"
+        if self._over.is_set():  # it ended at the last moment, and its runner waits for this thread
+            return
+        with contextlib.suppress(OSError):
+            self.worker.keep(Outcome(failure(self.job, self.started, "timeout", reason, trace, log)))
+        self.claim.give_back()
+        self.worker.beacon.remove()
+        os._exit(TIMED_OUT)
 
 
 def serve(root: Path, launch: str | None, name: str | None, start: float, parent: int | None) -> int:
