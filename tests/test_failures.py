@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qbench.sweep.worker import Worker
+from qbench.track.claims import this_machine
 from qbench.track.records import RecordStore
 from tests.test_cli import QUIET, records
 
@@ -56,8 +57,8 @@ def test_retry_runs_failed_jobs_with_smaller_batches_after_running_out_of_memory
     assert {r["fingerprint"] for r in records()} == before, "batch sizes are no part of a job's identity"
     assert {r["status"] for r in records()} == {"done"}
     capfd.readouterr()
-    assert qbench("retry", "launcher=inline") == 2
-    assert "no job has failed" in capfd.readouterr().err
+    assert qbench("retry", "launcher=inline") == 0
+    assert "none of the 3 jobs under results/records has failed" in capfd.readouterr().out
 
 
 def test_a_full_disk_is_waited_for(qbench, monkeypatch):
@@ -135,6 +136,22 @@ def test_status_counts_what_is_done_and_what_failed(qbench, monkeypatch, capfd):
     row = next(line for line in out.splitlines() if "algo=rtn" in line)
     assert row.split()[1:6] == ["5", "3", "2", "0", "0"]
     assert "no worker is running" in out
+
+
+def test_a_worker_that_was_killed_is_not_shown_as_running(tmp_path):
+    from qbench.sweep.beacon import Beacon, beacons, sweep_up
+
+    beacon = Beacon(tmp_path, "one", "launch").__enter__()
+    assert [state["name"] for state in beacons(tmp_path)] == ["one"]
+    beacon.update(born=0.0)  # this process id belonged to another process
+    assert not beacons(tmp_path)
+    beacon.update(machine="elsewhere")  # of which nothing is known here
+    assert len(beacons(tmp_path)) == 1
+    sweep_up(tmp_path)
+    assert beacon.path.exists()
+    beacon.update(machine=this_machine())
+    sweep_up(tmp_path)
+    assert not beacon.path.exists()
 
 
 @pytest.mark.parametrize("argument", ["speed=11", "results"])

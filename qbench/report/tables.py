@@ -18,6 +18,7 @@ COSTS = {
     "peak_mem_eval_mb": "eval peak MB",
     "peak_device_mem_calib_mb": "device peak MB",
 }
+_ROWS = 100  # jobs whose table is shown at the end of a command
 _REASONS = 10  # failures that the terminal explains
 _SHOWN = ("calib s",)  # in the terminal; files have all costs
 
@@ -67,19 +68,20 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     frame = _ordered(frame)
     index = _index(frame)
+    quality, known = quality_metrics(frame), set(frame["metric"])
     rows = []
     for _, job in frame.groupby("fingerprint", sort=False):
         first = job.iloc[0]
         row = {key: first[key] for key in index}
         by_metric = job.dropna(subset=["metric"]).set_index("metric")
         row["bits"] = number(by_metric["value"].get("bits_per_weight", float("nan")))
-        for name in quality_metrics(frame):
+        for name in quality:
             row[name] = _cell(by_metric.loc[[name]]) if name in by_metric.index else ""
         for name, title in COSTS.items():
-            if name in set(frame["metric"]):
+            if name in known:
                 row[title] = number(by_metric["value"].get(name, float("nan")))
         if first["status"] == "failed":
-            row[next(iter(quality_metrics(frame)), "result")] = f"failed: {first['reason']}"
+            row[next(iter(quality), "result")] = f"failed: {first['reason']}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
@@ -188,7 +190,12 @@ def print_summary(
     failed = sum(record["status"] == "failed" for record in records)
     if not console.is_terminal:
         console = Console(width=200)
-    show(tidy(records), console)
+    if len(records) <= _ROWS:
+        show(tidy(records), console)
+    else:
+        console.print(
+            f"{len(records)} jobs are too many rows for a terminal; `qbench tables` writes them", markup=False
+        )
     counts = [f"{ran} run", f"{len(records) - ran} already done"]
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{len(problems)} skipped"] if problems else []

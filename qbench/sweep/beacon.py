@@ -5,7 +5,6 @@ results/workers/<name>.json
 
 import contextlib
 import json
-import os
 import socket
 import threading
 import time
@@ -13,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from qbench.track.claims import is_dead, this_process
 
 _OLD = 86_400  # seconds after which the file of a worker that was killed is swept up
 
@@ -37,7 +38,7 @@ class Beacon:
 
     def __enter__(self) -> Self:
         self.state = {
-            "name": self.name, "launch": self.launch, "host": socket.gethostname(), "pid": os.getpid(),
+            "name": self.name, "launch": self.launch, "host": socket.gethostname(), **this_process(),
             "log": self.log, "state": "starting", "since": time.time(), "job": None, "title": "", "phase": "",
             "block": None, "done": 0, "failed": 0,
         }  # fmt: skip
@@ -78,12 +79,14 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def beacons(folder: Path, launch: str | None = None) -> list[dict[str, Any]]:
-    """What the workers (of one launch) say, by name."""
-    found = []
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+    """What the workers (of one launch) say, by name; those that are known to be gone say nothing."""
+    found = [state for path in sorted(folder.glob("*.json")) if (state := read(path)) is not None]
+    return [state for state in found if launch in (None, state["launch"]) and not is_dead(state)]
+
+
+def sweep_up(folder: Path) -> None:
+    """Delete the files of workers that were killed."""
+    for path in folder.glob("*.json"):
         state = read(path)
-        if state is not None and state["age"] > _OLD:
+        if state is not None and (state["age"] > _OLD or is_dead(state)):
             path.unlink(missing_ok=True)
-        elif state is not None and launch in (None, state["launch"]):
-            found.append(state)
-    return found

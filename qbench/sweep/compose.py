@@ -68,6 +68,7 @@ class Composer:
 
     loader: Any
     master: DictConfig
+    _raw: dict[tuple[str, ...], tuple[dict[str, Any], str]] = field(default_factory=dict)
     _sections: dict[tuple[str, ...], _Section] = field(default_factory=dict)
     _filled: dict[tuple[Any, ...], _Filled] = field(default_factory=dict)
     _defaults: dict[str, _Filled] = field(default_factory=dict)
@@ -150,9 +151,7 @@ class Composer:
     def _section(self, name: str, overrides: tuple[str, ...]) -> _Section:
         key = (name, *overrides)
         if key not in self._sections:
-            composed = self.loader.load_sweep_config(self.master, list(overrides))
-            values: dict[str, Any] = OmegaConf.to_container(composed, resolve=False)  # type: ignore[assignment]
-            del values["hydra"]
+            values, algo = self._composed(overrides)
             outer = {k: v for k, v in values.items() if k not in self._names}
             mine = values[name] if name else outer
             others = (
@@ -165,9 +164,17 @@ class Composer:
             alone = len(references) == text.count("${") and all(
                 v == self._base.get(k) for k, v in others.items()
             )
-            algo = str(composed.hydra.runtime.choices.algo)
             self._sections[key] = _Section(mine, algo, alone, frozenset(references))
         return self._sections[key]
+
+    def _composed(self, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+        """What Hydra makes of the overrides, references unresolved, and the name of the algorithm."""
+        if overrides not in self._raw:
+            composed = self.loader.load_sweep_config(self.master, list(overrides))
+            values: dict[str, Any] = OmegaConf.to_container(composed, resolve=False)  # type: ignore[assignment]
+            del values["hydra"]
+            self._raw[overrides] = values, str(composed.hydra.runtime.choices.algo)
+        return self._raw[overrides]
 
     def _resolve(self, name: str, config: dict[str, Any], references: frozenset[str]) -> Any:
         needed = {k: config[k] for k in sorted(references) if k in config}

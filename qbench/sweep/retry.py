@@ -19,14 +19,20 @@ def retry(config: dict[str, Any], *, smaller_batches: bool) -> int:
     Batch sizes are no part of a job's identity: with `smaller_batches`, those of jobs that ran out of memory are halved.
 
     Raises:
-        UsageError: If no job has failed.
+        UsageError: If there are no records.
     """
     jobs = Jobs()
     settings = jobs.settings(config)
     store = RecordStore(settings.results)
-    failed = [record for record in store.all() if record["status"] == "failed"]
+    records = list(store.all())
+    failed = [record for record in records if record["status"] == "failed"]
+    if not records:
+        raise UsageError(
+            f"no records under {str(store.records)!r}; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
+        )
     if not failed:
-        raise UsageError(f"no job has failed under {str(store.records)!r}")
+        print(f"none of the {len(records)} jobs under {store.records} has failed")
+        return 0
     plan = Plan(settings=settings)
     for record in _in_order(failed):
         again = record["config"] | {key: config[key] for key in _HOW}

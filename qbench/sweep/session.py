@@ -11,6 +11,7 @@ import torch
 from qbench.errors import UsageError
 from qbench.report.tables import print_summary
 from qbench.run import command
+from qbench.sweep.beacon import sweep_up
 from qbench.sweep.grid import Cell
 from qbench.sweep.launch import Launch, Rules
 from qbench.sweep.launchers import follow, launcher_for, run_inline
@@ -114,6 +115,7 @@ def make_launch(plan: Plan, settings: Settings) -> Launch:
     root = plan.store.root.resolve()
     claims = Claims(root / "claims", settings.launcher.lease)
     claims.sweep_up()
+    sweep_up(root / "workers")
     claims.reset(list(plan.todo))
     rules = Rules(claims.now(), settings.job.timeout, settings.job.attempts, settings.launcher.lease)
     configs = {f: job.settings | {"results": str(root)} for f, job in plan.todo.items()}

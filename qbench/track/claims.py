@@ -91,7 +91,7 @@ class Claims:
                 number, broken = number + 1, broken + 1 if state == "broken" else 0
                 continue
             with os.fdopen(descriptor, "w") as file:
-                json.dump(self._holder(), file)
+                json.dump({"worker": self.worker} | this_process(), file)
             return Claim(path, broken)
 
     def reset(self, fingerprints: list[str]) -> None:
@@ -160,11 +160,16 @@ class Claims:
             probe.unlink(missing_ok=True)
         return self._offset[1] + time.monotonic()
 
-    def _holder(self) -> dict[str, Any]:
-        process = psutil.Process()
-        return {
-            "worker": self.worker, "machine": this_machine(), "pid": process.pid, "born": process.create_time(),
-        }  # fmt: skip
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others, on every machine."""
+    process = psutil.Process()
+    return {"machine": this_machine(), "pid": process.pid, "born": process.create_time()}
+
+
+def is_dead(holder: dict[str, Any]) -> bool:
+    """Whether a process is known to be gone; of one on another machine nothing is known."""
+    return holder.get("machine") == this_machine() and not _alive(holder)
 
 
 def _alive(holder: dict[str, Any]) -> bool:
