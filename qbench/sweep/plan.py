@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,12 @@ def _order(plan: Plan) -> None:
 
 def group_of(job: Job) -> Group:
     """What a job shares with others: its model, calibration data and evaluation, as short digests."""
-    parts = (canonical(job.model), canonical(job.calib) if job.calib else "", canonical(job.evaluation))
-    return tuple(hashlib.sha256(part.encode()).hexdigest()[:8] if part else "" for part in parts)
+    return _digest(job.model), _digest(job.calib) if job.calib else "", _digest(job.evaluation)
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest(part: Any) -> str:
+    return hashlib.sha256(canonical(part).encode()).hexdigest()[:8]
 
 
 def _names(folder: Path) -> list[str]:

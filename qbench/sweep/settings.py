@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -184,10 +184,12 @@ class Jobs:
             raise Unsuitable(
                 f"algo={asked.algo_name} has nothing to quantize at w16a16", "set wbits, abits or kvbits"
             )
+        tokens = None
+        if needs_data(algorithm, scheme):
+            tokens = self._once(f"seed {asked.seed}", calib, partial(_calibration, seed=asked.seed))
         return Job(
-            _model(model, asked.device), asked.algo_name, algorithm, scheme,
-            _calibration(calib, asked.seed) if needs_data(algorithm, scheme) else None,
-            _evaluation(evaluation), asked.device, data.root, config,
+            self._once(asked.device, model, partial(_model, device=asked.device)), asked.algo_name, algorithm, scheme,
+            tokens, self._once("evaluation", evaluation, _evaluation), asked.device, data.root, config,
         )  # fmt: skip
 
     def _checked_plain(self, config: dict[str, Any]) -> Plain:
@@ -245,7 +247,6 @@ _SECTIONS: dict[str, Callable[[Any], _Strict]] = {
 }  # fmt: skip
 
 
-@cache
 def _model(asked: ModelSettings, device: str) -> ModelRef:
     model = asked.model_dump()
     if model["dtype"] == "auto":  # CPUs are exact and no slower in float32; accelerators want half precision
@@ -253,12 +254,10 @@ def _model(asked: ModelSettings, device: str) -> ModelRef:
     return ModelRef(**model)
 
 
-@cache
 def _calibration(asked: CalibSettings, seed: int) -> CalibrationSet:
     return CalibrationSet(**asked.model_dump(), seed=seed)
 
 
-@cache
 def _evaluation(asked: EvalSettings) -> EvalPlan:
     return EvalPlan(**asked.model_dump())
 
