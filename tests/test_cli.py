@@ -131,7 +131,7 @@ def test_in_a_sweep_a_bad_cell_is_reported_and_the_others_run(qbench, capfd):
     assert qbench("-m", "algo=rtn,gtpq", "wbits=4,3", *QUIET) == 2
     assert [r["labels"]["algo"] for r in records()] == ["fp", "rtn", "rtn"]
     captured = capfd.readouterr()
-    assert "skipped algo=gtpq wbits=4: unknown algo 'gtpq'" in captured.err
+    assert "skipped algo=gtpq wbits=4 and 1 more: unknown algo 'gtpq'" in captured.err
     assert "3 run, 0 already done, 2 skipped" in captured.out
 
 

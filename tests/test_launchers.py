@@ -45,7 +45,7 @@ def cluster() -> str:
     answer = subprocess.run(["sinfo", "-h", "-o", "%t"], capture_output=True, text=True)
     return (
         "slurm"
-        if answer.returncode == 0 and {"idle", "mix", "alloc"} & set(answer.stdout.split())
+        if answer.returncode == 0 and {"idle", "mix", "alloc", "comp"} & set(answer.stdout.split())
         else "local"
     )
 

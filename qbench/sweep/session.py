@@ -34,8 +34,12 @@ def run_cells(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
         UsageError: If nothing of it can run, or the results folder cannot be written.
     """
     plan = make_plan(cells, is_sweep=is_sweep, exclude=exclude)
+    alike: dict[str, list[str]] = {}
     for name, problem in plan.problems:
-        complain(f"skipped {name}: {problem}" if is_sweep and name else problem)
+        alike.setdefault(problem, []).append(name)
+    for problem, names in alike.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        complain(f"skipped {names[0]}{more}: {problem}" if is_sweep and names[0] else problem)
     if plan.settings is None or not plan.wanted:
         if not plan.pruned:
             return BAD_INPUT
