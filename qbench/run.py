@@ -228,7 +228,13 @@ def _provenance(job: Job) -> dict[str, Any]:
 
 def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
+        try:
+            return torch.cuda.get_device_name(device)
+        except (
+            RuntimeError,
+            AssertionError,
+        ):  # gone, or never there: a failed job's record must still be written
+            return device
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 

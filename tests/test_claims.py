@@ -44,6 +44,18 @@ def test_what_is_given_back_can_be_taken_at_once_and_counts_as_no_loss(claims):
         assert not claims.held(JOB)
 
 
+def test_what_is_finished_is_not_taken_again_by_who_cannot_see_its_record_yet(claims):
+    """On a network file system another machine may go on seeing no record for half a minute."""
+    since = claims.now()
+    claim = claims.take(JOB, since)
+    claim.finish()
+    claim.give_back()
+    assert claims.take(JOB, since) is None
+    assert not claims.held(JOB)
+    time.sleep(0.05)
+    assert claims.take(JOB, claims.now()) is not None, "a later launch may run it again"
+
+
 def test_one_of_many_processes_gets_the_job(folder):
     code = (
         "import sys, pathlib, time; from qbench.track.claims import Claims; c = Claims(pathlib.Path(sys.argv[1]));"

@@ -1,12 +1,12 @@
 """What is planned, what fails, and how to go on; in this process, with the smallest model."""
 
 import errno
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from qbench.sweep.worker import Worker
 from qbench.track.claims import this_machine
 from qbench.track.records import RecordStore
 from tests.test_cli import QUIET, records
@@ -85,7 +85,7 @@ def test_a_disk_that_stays_full_ends_the_sweep_with_every_earlier_record_safe(qb
         return write(self, record, samples)
 
     monkeypatch.setattr(RecordStore, "write", full_after_one)
-    monkeypatch.setattr(Worker, "patience", 0.0)
+    monkeypatch.setattr("qbench.sweep.worker._PATIENCE", 0.0)
     assert qbench("-m", "algo=rtn", "wbits=4,3", *QUIET) == 3
     assert [r["labels"]["algo"] for r in records()] == ["fp"]
     err = capfd.readouterr().err
@@ -142,15 +142,16 @@ def test_a_worker_that_was_killed_is_not_shown_as_running(tmp_path):
     from qbench.sweep.beacon import Beacon, beacons, sweep_up
 
     beacon = Beacon(tmp_path, "one", "launch").__enter__()
-    assert [state["name"] for state in beacons(tmp_path)] == ["one"]
+    now = time.time()
+    assert [state["name"] for state in beacons(tmp_path, now)] == ["one"]
     beacon.update(born=0.0)  # this process id belonged to another process
-    assert not beacons(tmp_path)
+    assert not beacons(tmp_path, now)
     beacon.update(machine="elsewhere")  # of which nothing is known here
-    assert len(beacons(tmp_path)) == 1
-    sweep_up(tmp_path)
+    assert len(beacons(tmp_path, now)) == 1
+    sweep_up(tmp_path, now)
     assert beacon.path.exists()
     beacon.update(machine=this_machine())
-    sweep_up(tmp_path)
+    sweep_up(tmp_path, now)
     assert not beacon.path.exists()
 
 

@@ -193,6 +193,7 @@ def test_anybody_can_help_with_a_sweep_that_runs(tmp_path):
     code, out = run(elsewhere, "worker", f"results={tmp_path}/results", "name=helper", "start=0.5")
     assert code == 0, out
     assert process.wait() == 0
+    assert {r["worker"] for r in records(tmp_path)} > {"helper"}
     assert Counter((tmp_path / "runs").read_text().splitlines()) == {str(tag): 1 for tag in range(24)}
 
 

@@ -5,6 +5,7 @@ results/workers/<name>.json
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -60,33 +61,40 @@ class Beacon:
         self.update(state="between jobs", job=None, claim=None)
 
     def write(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            draft = self.path.with_suffix(".tmp")
-            draft.write_text(json.dumps(self.state))
-            draft.replace(self.path)
+        with self._lock:
+            try:
+                draft = self.path.with_suffix(".tmp")
+                draft.write_text(json.dumps(self.state))
+                draft.replace(self.path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)  # takes no room, and says that the worker lives
 
     def remove(self) -> None:
         with self._lock, contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """What a worker says, with `age`: seconds since it said it; `None` if it says nothing."""
+def read(path: Path, now: float) -> dict[str, Any] | None:
+    """What a worker says, with `age`: seconds since it said it; `None` if it says nothing.
+
+    `now` is by the clock of the file system: `Claims.now`.
+    """
     with contextlib.suppress(OSError, ValueError):
-        age = time.time() - path.stat().st_mtime
+        age = now - path.stat().st_mtime
         return json.loads(path.read_text()) | {"age": age}
     return None
 
 
-def beacons(folder: Path, launch: str | None = None) -> list[dict[str, Any]]:
+def beacons(folder: Path, now: float, launch: str | None = None) -> list[dict[str, Any]]:
     """What the workers (of one launch) say, by name; those that are known to be gone say nothing."""
-    found = [state for path in sorted(folder.glob("*.json")) if (state := read(path)) is not None]
+    found = [state for path in sorted(folder.glob("*.json")) if (state := read(path, now)) is not None]
     return [state for state in found if launch in (None, state["launch"]) and not is_dead(state)]
 
 
-def sweep_up(folder: Path) -> None:
+def sweep_up(folder: Path, now: float) -> None:
     """Delete the files of workers that were killed."""
     for path in folder.glob("*.json"):
-        state = read(path)
+        state = read(path, now)
         if state is not None and (state["age"] > _OLD or is_dead(state)):
             path.unlink(missing_ok=True)

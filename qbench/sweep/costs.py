@@ -70,7 +70,7 @@ def _calib_keys(where: str, model: str, algo: str, tokens: int) -> list[Key]:
     keys: list[Key] = [
         ("calib", where, model, algo, tokens),
         ("calib", where, algo, tokens),
-        ("calib", where, algo),
+        ("calib", where, algo, tokens > 0),
     ]
     return [*keys, ("calib", where, tokens > 0)]
 

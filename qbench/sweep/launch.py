@@ -19,7 +19,7 @@ from qbench.job import Job
 from qbench.sweep.settings import Jobs
 from qbench.track.records import RecordStore
 
-_FORGOTTEN = 7 * 86_400  # seconds after which a launch that was killed is swept up
+_FORGOTTEN = 60 * 86_400  # seconds after which a launch that was killed is swept up
 
 Group = tuple[str, ...]
 

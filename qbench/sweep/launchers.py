@@ -69,6 +69,7 @@ def follow(launch: Launch, launcher: Launcher, report: Callable[[States], None])
         LaunchError: If jobs are left and no worker can be had for them.
     """
     left = list(launch.configs)
+    claims = Claims(launch.root / "claims")
     with launcher:
         while True:
             clock = time.monotonic()
@@ -78,7 +79,7 @@ def follow(launch: Launch, launcher: Launcher, report: Callable[[States], None])
             if not left:
                 return
             launcher.poll()
-            report(beacons(launch.root / "workers", launch.id))
+            report(beacons(launch.root / "workers", claims.now(), launch.id))
             # With very many jobs a look takes long itself.
             time.sleep(max(0.1, 4 * (time.monotonic() - clock)))
 
@@ -99,7 +100,7 @@ def launcher_for(launch: Launch, settings: LauncherSettings, devices: set[str]) 
 
 def local(launch: Launch, settings: LauncherSettings, devices: set[str]) -> Supervisor:
     """Worker processes on this machine: one for each GPU where jobs run on GPUs, else one."""
-    pinned = _visible_gpus() if devices == {"cuda"} else []
+    pinned = _visible_gpus() if devices == {"cuda"} else []  # a numbered device is where the user wants it
     n = min(settings.workers or max(1, len(pinned)), len(launch.configs))
     asked = os.environ.get("OMP_NUM_THREADS")
     threads = settings.threads or (int(asked) if asked else max(1, _cores() // n))
@@ -125,6 +126,16 @@ def _library(name: str, extra: str) -> Any:
         raise UsageError(f'launcher={extra} needs {name}; `pip install "qbench[{extra}]"`') from error
 
 
+def _any_alive(launch: Launch, claims: Claims) -> bool:
+    """Whether some worker of the launch has said so within a lease."""
+    states = beacons(launch.root / "workers", claims.now(), launch.id)
+    return any(state["age"] < launch.rules.lease for state in states)
+
+
+def _n_over(launch: Launch) -> int:
+    return sum(launch.is_over(fingerprint) for fingerprint in launch.configs)
+
+
 @dataclass
 class Slurm:
     """A job array of workers by submitit.
@@ -140,7 +151,11 @@ class Slurm:
     _jobs: list[Any] = field(default_factory=list)
     _submitted: float = 0.0
     _seen: float | None = None
+    _n_over: int = 0
     _n_respawned: int = 0
+
+    def __post_init__(self) -> None:
+        self._claims = Claims(self.launch.root / "claims")
 
     def __enter__(self) -> Self:
         self._submit(self.settings.workers or 1)
@@ -163,24 +178,24 @@ class Slurm:
             for s in spread(n)
         ]
         self._jobs += executor.map_array(serve_shard, *zip(*shards, strict=True))
-        self._submitted, self._seen = time.monotonic(), None
+        self._submitted, self._seen, self._n_over = time.monotonic(), None, _n_over(self.launch)
 
     def poll(self) -> None:
         now, patience = time.monotonic(), 2 * self.launch.rules.lease
-        if any(
-            state["age"] < self.launch.rules.lease
-            for state in beacons(self.launch.root / "workers", self.launch.id)
-        ):
+        if _any_alive(self.launch, self._claims):
             self._seen = now
         elif self._seen is None and now - self._submitted > self.settings.queue_minutes * 60:
             raise LaunchError(
                 f"no worker has started within launcher.queue_minutes={self.settings.queue_minutes:g}"
             )
         elif self._seen is not None and now - self._seen > patience:
-            if self._n_respawned >= self.settings.respawns:
-                raise LaunchError(f"workers ended before all jobs were done; see {self.launch.root / 'logs'}")
-            self._n_respawned += 1
-            self._submit(1)
+            n_over = _n_over(self.launch)
+            self._n_respawned = (
+                0 if n_over > self._n_over else self._n_respawned + 1
+            )  # time limits end tasks too
+            if self._n_respawned > self.settings.respawns:
+                raise LaunchError(f"workers end before they have done a job; see {self.launch.root / 'logs'}")
+            self._submit(self.settings.workers or 1)
 
     def __exit__(self, *_: object) -> None:
         for job in self._jobs:
@@ -199,6 +214,12 @@ class RayActors:
     _actors: dict[Any, tuple[Any, float]] = field(default_factory=dict)
     _n_respawned: int = 0
     _started_here: bool = False
+    _seen: float | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _last_actor: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._claims = Claims(self.launch.root / "claims")
 
     def __enter__(self) -> Self:
         if not self.ray.is_initialized():
@@ -222,8 +243,19 @@ class RayActors:
         self._actors[actor.serve.remote(*arguments)] = actor, start
 
     def poll(self) -> None:
-        if not self._actors:
+        now = time.monotonic()
+        if self._seen is None and _any_alive(self.launch, self._claims):
+            self._seen = now
+        if self._seen is None and now - self._began > self.settings.queue_minutes * 60:
+            raise LaunchError(
+                f"no worker has started within launcher.queue_minutes={self.settings.queue_minutes:g}; "
+                "has the cluster launcher.cpus and launcher.gpus for one?"
+            )
+        self._last_actor = now if self._actors else self._last_actor
+        if now - self._last_actor > self.launch.rules.lease:  # not just records on their way here
             raise LaunchError(f"the actors ended before all jobs were done; see {self.launch.root / 'logs'}")
+        if not self._actors:
+            return
         ended, _ = self.ray.wait(list(self._actors), num_returns=len(self._actors), timeout=0)
         for future in ended:
             start = self._actors.pop(future)[1]

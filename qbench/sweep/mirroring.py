@@ -1,6 +1,7 @@
 """Records into MLflow while a sweep runs: one writer for each results folder, and trouble that stops no sweep."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ _PATIENCE = 30.0  # seconds to wait, at the end, for what another launch's write
 class Mirroring:
     """Copies records to MLflow as they come.
 
-    SQLite takes one writer at a time: of several launches on one results folder, the first mirrors the records of
-    all. MLflow is opened with the first record, and given up at its first failure: a dead server costs minutes a call.
+    SQLite takes one writer at a time: of several launches on one results folder, one mirrors what it sees, and the
+    others what is left at their end. MLflow is opened with the first record, and given up at its first failure: a
+    dead server costs minutes a call.
     """
 
     store: RecordStore
@@ -32,7 +34,7 @@ class Mirroring:
     _claims: Claims = field(init=False)
     _claim: Claim | None = None
     _mirror: MLflowMirror | None = None
-    _beaten: float = 0.0
+    _over: threading.Event = field(default_factory=threading.Event)
     _given_up: bool = False
 
     def __post_init__(self) -> None:
@@ -45,11 +47,19 @@ class Mirroring:
         return Marks(self.store, self.tracker.uri, self.tracker.experiment)
 
     def __enter__(self) -> Self:
+        threading.Thread(target=self._keep_alive, daemon=True).start()
         return self
+
+    def _keep_alive(self) -> None:
+        """Touch the writer's claim; a job may run for hours between two records."""
+        while not self._over.wait(_BEAT):
+            if (claim := self._claim) is not None:
+                claim.beat()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
         if self._mirror is not None and kind is None:
             self._guarded(self._mirror.close)
         if self._claim is not None:
@@ -70,7 +80,7 @@ class Mirroring:
             return
         pending = [r for r in records if not marks.has(r)]
         deadline = time.monotonic() + _PATIENCE
-        while pending and not self._may_write() and time.monotonic() < deadline:
+        while pending and not self._given_up and not self._may_write() and time.monotonic() < deadline:
             time.sleep(0.5)
             pending = [r for r in pending if not marks.has(r)]
         if pending and self._claim is None:
@@ -81,16 +91,17 @@ class Mirroring:
         for record in pending:
             self.add(record)
 
-    def beat(self) -> None:
-        """Say that the writer lives; it may have nothing to write for long."""
-        if self._claim is not None and time.monotonic() - self._beaten > _BEAT:
-            self._claim.beat()
-            self._beaten = time.monotonic()
-
     def _may_write(self) -> bool:
+        if self._claim is not None and self._claim.lost:
+            self._claim = self._mirror = None  # this process slept, and another writes
         if self._claim is None:
-            self._claim = self._claims.take("mlflow")
-        self.beat()
+            try:
+                self._claim = self._claims.take("mlflow")
+            except OSError as error:
+                _complain(
+                    f"results cannot be written ({error.strerror}): nothing is mirrored; `qbench sync` does it later"
+                )
+                self._given_up = True
         return self._claim is not None
 
     def _open(self) -> None:

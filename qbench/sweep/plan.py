@@ -129,7 +129,10 @@ def _put_first(plan: Plan, baselines: dict[str, Job], recorded: dict[str, str | 
     plan.wanted, plan.todo = {}, {}
     for fingerprint, job in baselines.items():
         if fingerprint not in wanted:
-            _want(plan, job, recorded, force=job.settings["force"])
+            try:
+                _want(plan, job, recorded, force=job.settings["force"])
+            except (ValueError, NotImplementedError, OSError) as error:
+                plan.problems.append((job.title, " ".join(str(error).split())))
     plan.wanted |= wanted
     plan.todo |= todo
 

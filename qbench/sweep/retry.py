@@ -5,6 +5,7 @@ from typing import Any
 
 from qbench.errors import UsageError
 from qbench.sweep.plan import Plan
+from qbench.sweep.preview import print_plan
 from qbench.sweep.session import complain, run_plan
 from qbench.sweep.settings import Jobs
 from qbench.track.records import Record, RecordStore
@@ -53,6 +54,9 @@ def retry(config: dict[str, Any], *, smaller_batches: bool) -> int:
         plan.wanted[job.fingerprint] = None
         plan.todo[job.fingerprint] = job
         plan.again.add(job.fingerprint)
+    if settings.plan and plan.todo:
+        print_plan(plan)
+        return 0
     return run_plan(plan, settings, is_sweep=True) if plan.todo else 2
 
 

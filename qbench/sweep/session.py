@@ -6,8 +6,6 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from typing import Any
 
-import torch
-
 from qbench.errors import UsageError
 from qbench.report.tables import print_summary
 from qbench.run import command
@@ -71,7 +69,7 @@ def run_plan(plan: Plan, settings: Settings, *, is_sweep: bool) -> int:
         Mirroring(store, settings.tracker) as mirroring,
     ):
         try:
-            with closing(_launched(plan, settings, is_sweep, progress, mirroring)) as finished:
+            with closing(_launched(plan, settings, is_sweep, progress)) as finished:
                 for fingerprint in finished:
                     if (record := store.read(fingerprint)) is not None:
                         progress.finished(record)
@@ -84,17 +82,10 @@ def run_plan(plan: Plan, settings: Settings, *, is_sweep: bool) -> int:
     return _conclude(plan, store, settings, unfinished=bool(trouble))
 
 
-def _launched(
-    plan: Plan, settings: Settings, is_sweep: bool, progress: Progress, mirroring: Mirroring
-) -> Generator[str]:
+def _launched(plan: Plan, settings: Settings, is_sweep: bool, progress: Progress) -> Generator[str]:
     """Run the jobs under the launcher; yields fingerprints as records come in."""
     if not plan.todo:
         return
-    launch = make_launch(plan, settings)
-
-    def report(states: list[dict[str, Any]]) -> None:
-        progress.show(states)
-        mirroring.beat()
 
     # One job needs no second process, unless it may have to be ended.
     inline = settings.launcher.kind == "inline" or (
@@ -102,13 +93,14 @@ def _launched(
     )
     if inline and settings.job.timeout is not None:
         raise UsageError("job.timeout ends the process of a job that hangs; use launcher=local")
+    launch = make_launch(plan, settings)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         if inline:
-            yield from run_inline(launch, report)
+            yield from run_inline(launch, progress.show)
         else:
-            devices = {torch.device(job.device).type for job in plan.todo.values() if job.device != "cpu"}
-            yield from follow(launch, launcher_for(launch, settings.launcher, devices), report)
+            devices = {job.device for job in plan.todo.values()}
+            yield from follow(launch, launcher_for(launch, settings.launcher, devices), progress.show)
     finally:
         signal.signal(signal.SIGTERM, before)
         launch.forget()
@@ -119,7 +111,7 @@ def make_launch(plan: Plan, settings: Settings) -> Launch:
     root = plan.store.root.resolve()
     claims = Claims(root / "claims", settings.launcher.lease)
     claims.sweep_up()
-    sweep_up(root / "workers")
+    sweep_up(root / "workers", claims.now())
     claims.reset(list(plan.todo))
     rules = Rules(claims.now(), settings.job.timeout, settings.job.attempts, settings.launcher.lease)
     configs = {f: job.settings | {"results": str(root)} for f, job in plan.todo.items()}

@@ -79,7 +79,6 @@ class LauncherSettings(_Strict):
         workers: How many; `None` for one, or one for each GPU where jobs run on GPUs.
         threads: Of each worker; `None` shares the cores of the machine out.
         lease: Seconds of silence after which a worker on another machine counts as lost.
-        wait: Follow the sweep; otherwise return once the workers have been asked for (Slurm).
         respawns: How often a worker that was lost is replaced (Slurm and Ray).
         cpus, gpus: Of each worker (Slurm and Ray).
         minutes: A worker's time limit; `queue_minutes`: how long to wait for the first worker.
@@ -92,7 +91,6 @@ class LauncherSettings(_Strict):
     workers: PositiveInt | None = None
     threads: PositiveInt | None = None
     lease: PositiveFloat = 60.0
-    wait: bool = True
     respawns: int = 4
     cpus: PositiveInt = 1
     gpus: float = 0

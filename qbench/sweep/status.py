@@ -9,6 +9,7 @@ from rich.table import Table
 from qbench.errors import UsageError
 from qbench.sweep.beacon import beacons
 from qbench.sweep.progress import activity, duration
+from qbench.track.claims import Claims
 from qbench.track.records import RecordStore
 
 _SILENT = 60.0  # seconds after which a worker that holds a job is shown as silent
@@ -25,7 +26,11 @@ def print_status(results: Path) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     sweeps = list(store.sweeps().values())[-_SHOWN:]
-    workers = beacons(results / "workers")
+    try:
+        now = Claims(results / "claims").now()
+    except OSError:  # a folder that may only be read
+        now = time.time()
+    workers = beacons(results / "workers", now)
     if not sweeps and not workers:
         raise UsageError(
             f"no sweep under {str(results)!r}; start one, e.g. `qbench -m algo=rtn,gptq wbits=4,3`"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from qbench.sweep.beacon import read
-from qbench.sweep.worker import FINISHED, STOPPED, TIMED_OUT, UNWRITABLE
+from qbench.sweep.worker import FINISHED, RENEWED, STOPPED, TIMED_OUT, UNWRITABLE
 from qbench.track.claims import Claim, Claims
 
 _GRACE = 5.0  # seconds that a worker has to stop in
@@ -32,6 +33,7 @@ class _Slot:
     name: str = ""
     log: Path = Path()
     n_started: int = 0
+    has_worked: bool = False
     barren: int = 0
 
 
@@ -53,6 +55,10 @@ class Supervisor:
     devices: list[str] = field(default_factory=list)
     lease: float = 60.0
     _slots: list[_Slot] = field(default_factory=list)
+    _last_running: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._claims = Claims(self.root / "claims", self.lease)
 
     def __enter__(self) -> Self:
         for index, start in enumerate(self.starts):
@@ -77,14 +83,17 @@ class Supervisor:
         Raises:
             LaunchError: If workers cannot start, or the results folder cannot be written.
         """
-        if not self.running:
-            raise LaunchError("all workers have ended, and jobs are left")
+        if not self.running and time.monotonic() - self._last_running > self.lease:
+            raise LaunchError(
+                "all workers have ended, and jobs are left"
+            )  # not just records on their way here
         for slot in self._slots:
             if slot.process is None:
                 continue
             code = slot.process.poll()
+            self._last_running = time.monotonic()
             if code is None:
-                self._end_if_silent(slot)
+                self._look_after(slot)
             elif code == FINISHED:
                 slot.process = None
             elif code == UNWRITABLE:
@@ -93,28 +102,32 @@ class Supervisor:
                 self._replace(slot, code)
 
     def _replace(self, slot: _Slot, code: int) -> None:
-        state = read(self._beacon(slot))
-        has_worked = code == TIMED_OUT or bool(state and (state["done"] or state["failed"] or state["job"]))
+        state = read(self._beacon(slot), self._claims.now())
+        has_worked = slot.has_worked or code in (TIMED_OUT, RENEWED) or bool(state and state["job"])
         slot.barren = 0 if has_worked else slot.barren + 1
         if slot.barren >= _BARREN:
             raise LaunchError(
                 f"workers {_end_of(code)} before they ran a job; the end of {slot.log}: {_last_line(slot.log)}"
             )
-        if state and state.get("claim") and code not in (TIMED_OUT, STOPPED):
+        if state and state.get("claim") and code not in (TIMED_OUT, STOPPED, RENEWED):
             log = _tail(Path(state["log"]), 4000, state.get("log_from", 0)) if state["log"] else ""
-            Claims(self.root / "claims").note_death(Path(state["claim"]), f"the worker {_end_of(code)}", log)
+            self._claims.note_death(Path(state["claim"]), f"the worker {_end_of(code)}", log)
         self._beacon(slot).unlink(missing_ok=True)
         self._spawn(slot)
 
-    def _end_if_silent(self, slot: _Slot) -> None:
+    def _look_after(self, slot: _Slot) -> None:
         """Kill a worker that holds a job and has not stirred for a lease: a thread of its own should have."""
-        state = read(self._beacon(slot))
+        state = read(self._beacon(slot), self._claims.now())
+        slot.has_worked = slot.has_worked or bool(state and (state["done"] or state["failed"]))
         if state and state["state"] == "running" and state["age"] > self.lease and slot.process is not None:
             slot.process.kill()
 
     def _spawn(self, slot: _Slot) -> None:
         slot.n_started += 1
-        slot.name = f"{self.launch}-{os.getpid()}-{self._slots.index(slot)}.{slot.n_started}"
+        slot.has_worked = False
+        slot.name = (
+            f"{self.launch}-{socket.gethostname()}-{os.getpid()}-{self._slots.index(slot)}.{slot.n_started}"
+        )
         slot.log = self.root / "logs" / f"{slot.name}.log"
         command = [
             sys.executable, "-m", "qbench", "worker", f"results={self.root}", f"launch={self.launch}",
@@ -140,7 +153,7 @@ class Supervisor:
                 process.kill()
                 process.wait()
         for slot in self._slots:
-            if slot.process is not None and (state := read(self._beacon(slot))):
+            if slot.process is not None and (state := read(self._beacon(slot), 0.0)):
                 if state.get("claim"):
                     Claim(Path(state["claim"])).give_back()
                 self._beacon(slot).unlink(missing_ok=True)
@@ -155,10 +168,16 @@ def serve_shard(root: str, launch: str, start: float, threads: int, lease: float
 
     The worker is a process of its own here too, so that a job that hangs or kills it does not end the task.
     """
+    with contextlib.suppress(ValueError):  # Ray does not run it in the main thread, and kills
+        signal.signal(signal.SIGTERM, _interrupt)
     with Supervisor(Path(root), launch, [start], threads, lease=lease) as supervisor:
         while supervisor.running:
             supervisor.poll()
             time.sleep(0.5)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def spread(n: int) -> list[float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from qbench.errors import UsageError, first_line
 from qbench.job import Job
@@ -24,10 +24,13 @@ from qbench.sweep.launch import Group, Launch, by_group
 from qbench.track.claims import Claim, Claims
 
 # Exit codes of a worker process, for its supervisor.
-FINISHED, TIMED_OUT, UNWRITABLE, STOPPED = 0, 75, 74, 76
+FINISHED, TIMED_OUT, UNWRITABLE, STOPPED, RENEWED = 0, 75, 74, 76, 77
+
+Result = TypeVar("Result")
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EFBIG}
 _LOADING = 1800.0  # seconds of loading that do not count towards job.timeout
+_PATIENCE = 60.0  # seconds to wait for a results folder that cannot be written
 _LOG_TAIL = 4000  # characters of a worker's log that a failed record keeps
 
 
@@ -44,7 +47,6 @@ class Worker:
         own_process: Whether the process does nothing else and may be ended to end a job that hangs.
         parent: The process that must stay alive for this one to go on.
         log: The file that this process's output goes to.
-        patience: Seconds to wait for a results folder that cannot be written.
         report: Told of every phase and block.
     """
 
@@ -55,11 +57,11 @@ class Worker:
     own_process: bool = True
     parent: int | None = None
     log: Path | None = None
-    patience: float = 60.0
     report: Callable[[dict[str, Any]], None] = lambda state: None
     _shared: Shared = field(default_factory=Shared)
     _left: dict[Group, list[str]] = field(default_factory=dict)
     _group: Group | None = None
+    is_spoiled: bool = False
 
     def run(self) -> Iterator[str]:
         """Run jobs until none is left; yields the fingerprint of each record that it writes.
@@ -72,17 +74,20 @@ class Worker:
         first = int(self.start * len(names))
         self._left = {name: self._left[name] for name in names[first:] + names[:first]}
         with self.beacon:
-            while (taken := self._next()) is not None:
+            while (taken := self._patiently(self._next)) is not None and not self.is_spoiled:
                 fingerprint, claim = taken
                 try:
                     if self._execute(fingerprint, claim):
+                        claim.finish()
                         yield fingerprint
                 finally:
-                    claim.give_back()
+                    claim.give_back()  # unless it is finished
 
     def _next(self) -> tuple[str, Claim] | None:
         """Claim a job: of the group at hand, of one that nobody works on, or of the longest; waits for claims to end."""
-        while True:
+        while not self.is_spoiled:
+            if self.is_orphan():
+                raise KeyboardInterrupt
             if self._group in self._left and (taken := self._take(self._group)):
                 return taken
             self._left = {g: left for g, jobs in self._left.items() if (left := self._not_over(jobs))}
@@ -97,9 +102,8 @@ class Worker:
                 if taken := self._take(group, backwards=True):
                     return taken
             self.beacon.update(state="waiting", job=None, title="", phase="")
-            if self.is_orphan():
-                raise KeyboardInterrupt
             time.sleep(0.5)
+        return None
 
     def is_orphan(self) -> bool:
         """Whether the launcher that started this worker is gone."""
@@ -117,7 +121,7 @@ class Worker:
         for fingerprint in list(reversed(jobs) if backwards else jobs):
             if self.launch.is_over(fingerprint):
                 jobs.remove(fingerprint)
-            elif (claim := self.claims.take(fingerprint)) is not None:
+            elif (claim := self.claims.take(fingerprint, self.launch.rules.since)) is not None:
                 jobs.remove(fingerprint)
                 if not self.launch.is_over(fingerprint):
                     return fingerprint, claim
@@ -132,7 +136,7 @@ class Worker:
         if claim.broken >= self.launch.rules.attempts:
             death = self.claims.last_death(claim)
             reason = f"{death['reason']}; {claim.broken} workers were lost on this job"
-            self.keep(Outcome(failure(job, started, "killed", reason, log=death["log"])))
+            self.keep(Outcome(failure(job, started, "killed", reason, log=death["log"])), claim)
             return True
         self.beacon.update(
             state="running", job=fingerprint, title=job.title, phase="load", job_since=time.time(),
@@ -151,11 +155,14 @@ class Worker:
             outcome.record["log_tail"] = self.log_tail(log_from)
             if self.log is not None:
                 print(f"{job.title}: failed\n{outcome.record['traceback']}", flush=True)
+        outcome.record["worker"] = self.claims.worker
         try:
-            self.keep(outcome)
+            self.keep(outcome, claim)
         except (TypeError, ValueError) as error:  # a result that cannot be stored is a failure of its job
             outcome = Outcome(failure(job, started, "raised", first_line(error), traceback.format_exc()))
-            self.keep(outcome)
+            self.keep(outcome, claim)
+        # After such an error nothing works on the device any more, until a new process opens it anew.
+        self.is_spoiled = self.own_process and "CUDA error" in outcome.record.get("reason", "")
         self.beacon.count(outcome.record["status"])
         return True
 
@@ -167,25 +174,30 @@ class Worker:
         self.beacon.state["block"] = [done, total]  # written with the next beat
         self.report(self.beacon.state)
 
-    def keep(self, outcome: Outcome) -> None:
+    def keep(self, outcome: Outcome, claim: Claim) -> None:
         """Write a record, waiting for room if there is none.
 
         Raises:
             StoreTrouble: If there is none for long.
         """
-        deadline, pause = time.monotonic() + self.patience, 1.0
+        self._patiently(lambda: self.launch.store.write(outcome.record, outcome.samples), claim)
+
+    def _patiently(self, action: Callable[[], Result], claim: Claim | None = None) -> Result:
+        """Do it again for a while where the results folder cannot be written, keeping `claim` alive."""
+        deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                self.launch.store.write(outcome.record, outcome.samples)
-                return
+                return action()
             except OSError as error:
                 if error.errno not in _UNWRITABLE:
                     raise
-                if time.monotonic() + pause > deadline:
+                if time.monotonic() > deadline:
                     raise StoreTrouble(error.errno, error.strerror or "cannot be written") from error
                 print(f"results cannot be written ({error.strerror}); waiting", file=sys.stderr, flush=True)
-                time.sleep(pause)
-                pause *= 2
+            if claim is not None:
+                claim.beat()
+            self.beacon.write()
+            time.sleep(2.0)
 
     def log_tail(self, log_from: int) -> str:
         """What this process has logged since the job began."""
@@ -245,8 +257,10 @@ class _Watch:
         if self._over.is_set():  # it ended at the last moment, and its runner waits for this thread
             return
         with contextlib.suppress(OSError):
-            self.worker.keep(Outcome(failure(self.job, self.started, "timeout", reason, trace, log)))
-        self.claim.give_back()
+            self.worker.keep(
+                Outcome(failure(self.job, self.started, "timeout", reason, trace, log)), self.claim
+            )
+        self.claim.finish()
         self.worker.beacon.remove()
         os._exit(TIMED_OUT)
 
@@ -259,9 +273,8 @@ def serve(root: Path, launch: str | None, name: str | None, start: float, parent
     """
     from qbench.sweep.memory import keep_freed_memory
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal sends it to workers too: stopping them is the launcher's
+    if parent is not None:  # a terminal sends it to workers too, and stopping them is the launcher's
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     log = Path(os.environ["QBENCH_LOG"]).absolute() if "QBENCH_LOG" in os.environ else None
     found = Launch.load(root, launch)
@@ -285,7 +298,7 @@ def serve(root: Path, launch: str | None, name: str | None, start: float, parent
     except Exception as error:
         print(f"worker {name} ends: {first_line(error)}", file=sys.stderr, flush=True)
         raise
-    return FINISHED
+    return RENEWED if worker.is_spoiled else FINISHED
 
 
 def _stop(*_: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-_GIVEN_BACK = 0  # modification time of a claim that was given back
+_GIVEN_BACK, _FINISHED = 0, 1  # modification times of claims that are over, and why
 _OLD = 86_400  # seconds after which a claim that is over is swept up
 
 
@@ -49,16 +49,24 @@ class Claim:
 
     def beat(self) -> None:
         """Say that the holder lives."""
-        if self._next.exists():  # this process slept for longer than the lease
-            self.lost = True
-        else:
-            with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # a network file system may be out of reach for a while
+            if self._next.exists():  # this process slept for longer than the lease
+                self.lost = True
+            else:
                 os.utime(self.path)
 
     def give_back(self) -> None:
         """Let the next worker have the job at once."""
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(self.path, (_GIVEN_BACK, _GIVEN_BACK))
+        self._mark(_GIVEN_BACK)
+
+    def finish(self) -> None:
+        """Say that the job has a record: another machine may not see it yet, since absence is cached."""
+        self._mark(_FINISHED)
+
+    def _mark(self, how: int) -> None:
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_mtime > _FINISHED:
+                os.utime(self.path, (how, how))
 
     @property
     def _next(self) -> Path:
@@ -70,7 +78,7 @@ class Claims:
     """The claims under one results folder, as one process sees them.
 
     Attributes:
-        lease: Seconds of silence after which a claim of another machine is over.
+        lease: Seconds of silence after which a claim is over; on one machine it is as soon as its holder is dead.
     """
 
     root: Path
@@ -78,21 +86,27 @@ class Claims:
     worker: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     _offset: tuple[float, float] | None = None
 
-    def take(self, fingerprint: str) -> Claim | None:
-        """Claim a job; `None` while somebody else holds it."""
+    def take(self, fingerprint: str, since: float = float("inf")) -> Claim | None:
+        """Claim a job; `None` while somebody else holds it, or if it was finished after `since` (by `now`)."""
         number, broken = 0, 0
         while True:
             path = self.root / f"{fingerprint}.{number}"
             try:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
-                if (state := self._state(path)) == "held":
+                state = self._state(path)
+                if state == "held" or (state == "finished" and path.stat().st_ctime >= since):
                     return None
                 number, broken = number + 1, broken + 1 if state == "broken" else 0
                 continue
-            with os.fdopen(descriptor, "w") as file:
-                json.dump({"worker": self.worker} | this_process(), file)
-            return Claim(path, broken)
+            claim = Claim(path, broken)
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    json.dump({"worker": self.worker} | this_process(), file)
+            except OSError:  # the disk is full
+                claim.give_back()
+                raise
+            return claim
 
     def reset(self, fingerprints: list[str]) -> None:
         """Give back what holders before this launch lost: only losses that it sees count against a job."""
@@ -139,16 +153,15 @@ class Claims:
             number += 1
 
     def _state(self, path: Path) -> str:
-        """`held`, `given back`, or `broken`: its holder died or fell silent."""
+        """`held`, `given back`, `finished`, or `broken`: its holder died or fell silent."""
         try:
             touched = path.stat().st_mtime
         except FileNotFoundError:
             return "given back"
-        if touched == _GIVEN_BACK:
-            return "given back"
-        holder = _read(path)
-        if holder.get("machine") == this_machine():
-            return "held" if _alive(holder) else "broken"
+        if touched <= _FINISHED:
+            return "given back" if touched == _GIVEN_BACK else "finished"
+        if is_dead(_read(path)):
+            return "broken"
         return "broken" if self.now() - touched > self.lease else "held"
 
     def now(self) -> float:
@@ -163,8 +176,7 @@ class Claims:
 
 def this_process() -> dict[str, Any]:
     """What tells this process from all others, on every machine."""
-    process = psutil.Process()
-    return {"machine": this_machine(), "pid": process.pid, "born": process.create_time()}
+    return {"machine": this_machine(), "pid": os.getpid(), "born": _born(os.getpid())}
 
 
 def is_dead(holder: dict[str, Any]) -> bool:
@@ -174,11 +186,21 @@ def is_dead(holder: dict[str, Any]) -> bool:
 
 def _alive(holder: dict[str, Any]) -> bool:
     try:
-        process = psutil.Process(holder["pid"])
         # A process id may have been given to another process since.
-        return abs(process.create_time() - holder["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+        return _born(holder["pid"]) == holder["born"] and (
+            psutil.Process(holder["pid"]).status() != psutil.STATUS_ZOMBIE
+        )
+    except (psutil.Error, OSError):
         return False
+
+
+def _born(pid: int) -> float:
+    """When a process began, in a unit of the system's own."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.is_dir():
+        # Ticks since the machine started: seconds since 1970 change when somebody sets the clock.
+        return float(stat.read_text().rpartition(")")[2].split()[19])
+    return round(psutil.Process(pid).create_time())
 
 
 def _read(path: Path) -> dict[str, Any]:
