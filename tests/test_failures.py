@@ -175,6 +175,8 @@ def test_one_failed_job_of_many_is_explained_below_the_table(qbench, monkeypatch
     monkeypatch.setattr(GPTQ, "process", fail)
     assert qbench("-m", "algo=rtn,gptq", "wbits=4", *QUIET) == 3
     out = capfd.readouterr().out
-    table, _, rest = out.partition("3 run, 0 already done, 1 failed")
+    table, _, rest = out.partition("nano-llama gptq w4a16g128 failed: ")
     assert "push the numbers" not in table
-    assert "nano-llama gptq w4a16g128 stdlib_docs failed: RuntimeError: a reason so long" in rest
+    assert rest.startswith("RuntimeError: a reason so long")
+    assert qbench("tables") == 0
+    assert "failed: RuntimeError: a reason so long" in capfd.readouterr().out

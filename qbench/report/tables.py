@@ -134,7 +134,7 @@ def _tex(value: Any) -> str:
 
 
 def show(frame: pd.DataFrame, console: Console) -> None:
-    """The summary, a table for each model, without the costs that are for files only; fits 80 columns."""
+    """The summary, a table for each model, without the costs that are for files only; fits 80 columns; then failures."""
     table = summary(frame)
     hidden = [title for title in COSTS.values() if title not in _SHOWN]
     for model, part in table.groupby("model", sort=False) if not table.empty else ():
@@ -159,20 +159,23 @@ def show(frame: pd.DataFrame, console: Console) -> None:
                 no_wrap=not may_fold,
             )
         for row in shown.itertuples(index=False):
-            # Why a job failed stands below: in a cell it would push the numbers off the screen.
             cells = ["failed" if str(value).startswith("failed: ") else str(value) for value in row]
             grid.add_row(*(Text(cell) for cell in cells))
         # Wider than the terminal if it must be: a line that wraps is ugly, a number cut short is wrong.
         width = console.measure(grid, options=console.options.update(max_width=1000)).maximum
         wide = Console(file=console.file, width=max(width, console.width), force_terminal=console.is_terminal)
         wide.print(grid)
+    _show_failures(frame, console)
 
 
-def _why(record: dict[str, Any]) -> str:
-    """A failed job and its reason, on one line."""
-    labels = record["labels"]
-    title = " ".join(str(labels[key]) for key in ("model", "algo", "scheme", "calib") if labels[key])
-    return f"  {title} failed: {record['reason']}"
+def _show_failures(frame: pd.DataFrame, console: Console) -> None:
+    """The failed jobs and their reasons, a line each; not in the table, where they would push numbers off the screen."""
+    failed = frame[frame["status"] == "failed"]
+    for _, job in failed.head(_REASONS).iterrows():
+        title = " ".join(str(job[key]) for key in ("model", "algo", "scheme", "setting") if job[key])
+        console.print(f"{title} failed: {job['reason']}", markup=False, highlight=False, soft_wrap=True)
+    if len(failed) > _REASONS:
+        console.print(f"and {len(failed) - _REASONS} more failed", highlight=False)
 
 
 def print_summary(
@@ -196,6 +199,7 @@ def print_summary(
         console.print(
             f"{len(records)} jobs are too many rows for a terminal; `qbench tables` writes them", markup=False
         )
+        _show_failures(tidy(records), console)
     counts = [f"{ran} run", f"{len(records) - ran} already done"]
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{len(problems)} skipped"] if problems else []
@@ -205,10 +209,6 @@ def print_summary(
         f"records   {results / 'records'}",
         f"tables    qbench tables results={results}",
     ]
-    reasons = [_why(record) for record in records if record["status"] == "failed"]
-    if len(reasons) > _REASONS:
-        reasons[_REASONS:] = [f"and {len(reasons) - _REASONS} more"]
-    lines[1:1] = reasons
     if failed:
         lines.append(f"failed    qbench retry results={results}")
     if tracker_uri:
