@@ -24,13 +24,13 @@ class Faulty(RTN):
     """Rounding to nearest with a fault in the second block.
 
     Attributes:
-        how: What happens; `slow` takes a while and is no fault.
+        how: What happens; `slow` takes a while and is no fault, `mixed` is that for four tags of five.
         once: Folder of marks; empty for a fault that happens every time.
         tag: Tells jobs apart that are otherwise the same.
         runs: File to which every run appends its tag.
     """
 
-    how: Literal["none", "raise", "oom", "hang", "kill", "not-finite", "exit", "slow"] = "none"
+    how: Literal["none", "raise", "oom", "hang", "kill", "not-finite", "exit", "slow", "mixed"] = "none"
     once: str = ""
     tag: int = 0
     runs: str = ""
@@ -47,18 +47,21 @@ class Faulty(RTN):
             if mark.exists():
                 return
             mark.touch()
-        if self.how == "raise":
+        how = self.how
+        if how == "mixed":
+            how = {3: "kill", 7: "exit"}.get(self.tag % 10, "slow")
+        if how == "raise":
             raise RuntimeError("out of luck")
-        if self.how == "oom":
+        if how == "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        if self.how == "not-finite":
+        if how == "not-finite":
             block.linears["self_attn.q_proj"].weight[0, 0] = float("nan")
-        if self.how == "kill":
+        if how == "kill":
             print("about to be killed", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == "exit":
+        if how == "exit":
             os._exit(9)
-        if self.how == "slow":
+        if how == "slow":
             time.sleep(0.4)
-        while self.how == "hang":
+        while how == "hang":
             time.sleep(0.1)

@@ -142,7 +142,7 @@ def test_a_sweep_killed_at_random_moments_ends_with_exactly_the_planned_records(
     """Forty jobs, two workers; kill -9 of the whole process group, three times; faults happen once as well."""
     (tmp_path / "marks").mkdir()
     command = [
-        "-m", *FAULTY, "+algo.how=none,slow,kill,exit", "+algo.tag=range(10)", f"+algo.once={tmp_path}/marks",
+        "-m", *FAULTY, "+algo.how=mixed", "+algo.tag=range(40)", f"+algo.once={tmp_path}/marks",
         *SMALL, "baseline=false", "launcher.workers=2",
     ]  # fmt: skip
     draw = random.Random(0)
