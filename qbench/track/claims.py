@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 _GIVEN_BACK, _FINISHED = 0, 1  # modification times of claims that are over, and why
+_SEEN_WITHIN = 120  # seconds after which a file is seen by every machine
 _OLD = 86_400  # seconds after which a claim that is over is swept up
 
 
@@ -95,7 +96,7 @@ class Claims:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
                 state = self._state(path)
-                if state == "held" or (state == "finished" and path.stat().st_ctime >= since):
+                if state == "held" or (state == "finished" and self._is_recent(path, since)):
                     return None
                 number, broken = number + 1, broken + 1 if state == "broken" else 0
                 continue
@@ -107,6 +108,11 @@ class Claims:
                 claim.give_back()
                 raise
             return claim
+
+    def _is_recent(self, path: Path, since: float) -> bool:
+        """Whether a claim ended after `since`, and so lately that the record may not be seen everywhere yet."""
+        ended = path.stat().st_ctime
+        return ended >= since and self.now() - ended < _SEEN_WITHIN
 
     def reset(self, fingerprints: list[str]) -> None:
         """Give back what holders before this launch lost: only losses that it sees count against a job."""
