@@ -115,6 +115,24 @@ def test_a_timeout_needs_a_process_that_can_be_ended(qbench, capfd):
     assert "use launcher=local" in capfd.readouterr().err
 
 
+def test_what_jobs_use_of_the_machine_is_recorded_where_it_is_asked_for(qbench, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    from qbench.algorithms.rtn import RTN
+
+    process = RTN.process
+    monkeypatch.setattr(RTN, "process", lambda *arguments: (time.sleep(0.6), process(*arguments)))
+    small = [argument for argument in QUIET if argument != "tracker=none"]
+    assert qbench("algo=rtn", "tracker.system_metrics=true", *small) == 0
+    (record,) = records()
+    names = ["cpu_utilization_percentage", "system_memory_usage_megabytes"]
+    assert [sorted(sample) for sample in record["system"]] == [[*names, "t"]] * len(record["system"])
+    client = MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/results/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("qbench").experiment_id])
+    shown = client.get_metric_history(run.info.run_id, "system/system_memory_usage_megabytes")
+    assert [metric.value for metric in shown] == [sample[names[1]] for sample in record["system"]]
+
+
 def test_a_setting_that_is_no_number_is_refused(qbench, capfd):
     assert qbench("algo=gptq", "algo.damp=nan", *QUIET) == 2
     assert "damp" in capfd.readouterr().err

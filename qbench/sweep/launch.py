@@ -33,12 +33,14 @@ class Rules:
         timeout: Seconds that a job may take; `None` for as long as it likes.
         attempts: How many workers may be lost on a job before it counts as failed.
         lease: Seconds of silence after which another machine's claim is over.
+        system_metrics: Whether to record what jobs use of processor and memory.
     """
 
     since: float
     timeout: float | None = None
     attempts: int = 2
     lease: float = 60.0
+    system_metrics: bool = False
 
 
 @dataclass

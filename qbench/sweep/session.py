@@ -113,7 +113,10 @@ def make_launch(plan: Plan, settings: Settings) -> Launch:
     claims.sweep_up()
     sweep_up(root / "workers", claims.now())
     claims.reset(list(plan.todo))
-    rules = Rules(claims.now(), settings.job.timeout, settings.job.attempts, settings.launcher.lease)
+    rules = Rules(
+        claims.now(), settings.job.timeout, settings.job.attempts, settings.launcher.lease,
+        settings.tracker.system_metrics,
+    )  # fmt: skip
     configs = {f: job.settings | {"results": str(root)} for f, job in plan.todo.items()}
     launch = Launch(root, rules, configs, plan.groups(), plan.again, command())
     launch.save()

@@ -56,8 +56,15 @@ class DataSettings(_Strict):
 
 
 class TrackerSettings(_Strict):
+    """Where records are mirrored to.
+
+    Attributes:
+        system_metrics: Record what each job uses of processor and memory, every second.
+    """
+
     uri: str | None = None
     experiment: str = "qbench"
+    system_metrics: bool = False
 
 
 class JobSettings(_Strict):

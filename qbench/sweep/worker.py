@@ -16,6 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import psutil
+import torch
+
 from qbench.errors import UsageError, first_line
 from qbench.job import Job
 from qbench.run import Outcome, Reporter, Shared, failure, run
@@ -156,6 +159,8 @@ class Worker:
             if self.log is not None:
                 print(f"{job.title}: failed\n{outcome.record['traceback']}", flush=True)
         outcome.record["worker"] = self.claims.worker
+        if watch.system:
+            outcome.record["system"] = watch.system
         try:
             self.keep(outcome, claim)
         except (TypeError, ValueError) as error:  # a result that cannot be stored is a failure of its job
@@ -218,6 +223,8 @@ class _Watch:
     claim: Claim
     started: datetime
     log_from: int
+    system: list[dict[str, float]] = field(default_factory=list)
+    _process: psutil.Process = field(default_factory=psutil.Process)
     _over: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -237,6 +244,8 @@ class _Watch:
         while not self._over.wait(min(1.0, lease / 4, (timeout or 4.0) / 4)):
             self.claim.beat()
             self.worker.beacon.write()
+            if self.worker.launch.rules.system_metrics:
+                self._sample()
             if self.worker.is_orphan():
                 self.claim.give_back()
                 self.worker.beacon.remove()
@@ -247,6 +256,17 @@ class _Watch:
                 counted = now
             if timeout is not None and now - counted > timeout and self.worker.own_process:
                 self._end(runner, timeout)
+
+    def _sample(self) -> None:
+        """Note what the process uses, under the names that MLflow gives such numbers."""
+        now = {
+            "t": int(time.time() * 1000),
+            "cpu_utilization_percentage": self._process.cpu_percent(),
+            "system_memory_usage_megabytes": self._process.memory_info().rss / 1e6,
+        }
+        if self.job.device != "cpu":
+            now["gpu_memory_usage_megabytes"] = torch.cuda.memory_allocated(self.job.device) / 1e6
+        self.system.append(now)
 
     def _end(self, runner: int, timeout: float) -> None:
         """Record that the job took too long, and end the process: a call into a library cannot be interrupted."""
