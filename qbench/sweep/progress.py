@@ -6,11 +6,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 PHASES = {"load": "loading", "calib": "quantizing", "eval": "evaluating"}
 _SILENCE = 60.0  # seconds without a finished job after which a log without a terminal says what goes on
+
+
+class _Count(MofNCompleteColumn):
+    """`2/4`, and nothing where there is nothing to count."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
 
 
 class Progress:
@@ -22,7 +30,7 @@ class Progress:
         self._total, self._done, self._ran, self._failed, self._running = total, done, 0, 0, 0
         self._began = self._spoke = time.monotonic()
         self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}"), BarColumn(bar_width=20), _Count(), TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(), console=self._console, transient=True, disable=not self._live,
         )  # fmt: skip
         self._jobs = self._bars.add_task("jobs", total=total, completed=done, note="")
