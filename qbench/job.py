@@ -115,7 +115,15 @@ def canonical(part: Any) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _cached_canonical(part: Any) -> str:
-    identity = part.identity()
+    return canonical_json(part.identity())
+
+
+def canonical_json(identity: dict[str, Any]) -> str:
+    """The one text of an identity.
+
+    Raises:
+        ValueError: If a number in it is not finite.
+    """
     try:
         return json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except ValueError as error:

@@ -193,13 +193,14 @@ def print_summary(
     failed = sum(record["status"] == "failed" for record in records)
     if not console.is_terminal:
         console = Console(width=200)
+    frame = tidy(records)
     if len(records) <= _ROWS:
-        show(tidy(records), console)
+        show(frame, console)
     else:
         console.print(
             f"{len(records)} jobs are too many rows for a terminal; `qbench tables` writes them", markup=False
         )
-        _show_failures(tidy(records), console)
+        _show_failures(frame, console)
     counts = [f"{ran} run", f"{len(records) - ran} already done"]
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{len(problems)} skipped"] if problems else []

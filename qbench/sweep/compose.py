@@ -11,11 +11,9 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -80,6 +78,7 @@ class Composer:
         base = {str(k): v for k, v in OmegaConf.to_container(self.master, resolve=False).items()}  # type: ignore[union-attr]
         base.pop("hydra", None)
         self._base = base
+        self._parser = OverridesParser.create(config_loader=self.loader)
         self._names = [name for name, value in base.items() if isinstance(value, dict)]
         self._groups = {path.name for path in CONF.iterdir() if path.is_dir()}
 
@@ -126,7 +125,7 @@ class Composer:
         return dict(self._defaults)
 
     def _read(self, text: str) -> _Setting:
-        override = _parsed(self.loader, text)
+        override = self._parser.parse_override(text)
         head, *rest = str(override.key_or_group).split("@")[0].split(".")
         section = head if head in self._names else ""
         path = (*rest,) if section else (head, *rest)
@@ -189,15 +188,6 @@ class Composer:
             composed = self.loader.load_sweep_config(self.master, list(overrides))
             self._whole[overrides] = plain(composed, composed.hydra.runtime.choices.algo)
         return self._whole[overrides]
-
-
-def _parsed(loader: Any, text: str) -> Override:
-    return _parser(loader).parse_override(text)
-
-
-@lru_cache(maxsize=1)
-def _parser(loader: Any) -> Any:
-    return OverridesParser.create(config_loader=loader)
 
 
 def _set(tree: Any, path: tuple[str, ...], value: Any) -> bool:

@@ -1,11 +1,10 @@
 """How long jobs will take, from what recorded ones took."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qbench.job import Job, canonical, skeleton
+from qbench.job import Job, canonical, canonical_json, skeleton
 
 Key = tuple[Any, ...]
 
@@ -29,7 +28,7 @@ class Costs:
                 continue
             parameters = metrics["model_mb"] * 8e6 / metrics["bits_per_weight"]
             tokens = _tokens(identity["calib"])
-            where, evaluation = _kind(record["device"]), _text(identity["evaluation"])
+            where, evaluation = _kind(record["device"]), canonical_json(identity["evaluation"])
             model, algo = identity["model"]["id"], record["labels"]["algo"]
             costs._add(_eval_keys(where, model, evaluation), metrics["eval_time_s"] / parameters)
             costs._add(
@@ -82,7 +81,3 @@ def _kind(device: str) -> str:
 
 def _tokens(calib: dict[str, Any] | None) -> int:
     return calib["n_samples"] * calib["seq_len"] if calib else 0
-
-
-def _text(identity: dict[str, Any]) -> str:
-    return json.dumps(identity, sort_keys=True, separators=(",", ":"))

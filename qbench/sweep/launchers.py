@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 from qbench.errors import UsageError, first_line
@@ -283,4 +282,4 @@ class _Shard:
     """What becomes an actor; Ray wants a class of its own process."""
 
     def serve(self, root: str, launch: str, start: float, threads: int, lease: float) -> None:
-        serve_shard(str(Path(root)), launch, start, threads, lease)
+        serve_shard(root, launch, start, threads, lease)

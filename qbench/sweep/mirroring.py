@@ -1,6 +1,5 @@
 """Records into MLflow while a sweep runs: one writer for each results folder, and trouble that stops no sweep."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from qbench.errors import UsageError, first_line
+from qbench.sweep.progress import complain
 from qbench.sweep.settings import TrackerSettings
 from qbench.track.claims import Claim, Claims
 from qbench.track.mirror import Marks, MLflowMirror
@@ -84,7 +84,7 @@ class Mirroring:
             time.sleep(0.5)
             pending = [r for r in pending if not marks.has(r)]
         if pending and self._claim is None:
-            _complain(
+            complain(
                 f"{len(pending)} records are left to another launch to mirror; `qbench sync` does it too"
             )
             return
@@ -98,7 +98,7 @@ class Mirroring:
             try:
                 self._claim = self._claims.take("mlflow")
             except OSError as error:
-                _complain(
+                complain(
                     f"results cannot be written ({error.strerror}): nothing is mirrored; `qbench sync` does it later"
                 )
                 self._given_up = True
@@ -111,11 +111,11 @@ class Mirroring:
         try:
             self._mirror = MLflowMirror(self.tracker.uri, self.tracker.experiment, self.store)
         except ModuleNotFoundError:
-            _complain(
+            complain(
                 "MLflow is not installed: records are kept, nothing is mirrored (tracker=none says so on purpose)"
             )
         except Exception as error:  # whatever the tracking server's trouble is, the sweep goes on
-            _complain(
+            complain(
                 f"MLflow at {self.tracker.uri} is out of reach ({first_line(error)}); `qbench sync` mirrors later"
             )
         self._given_up = self._mirror is None
@@ -126,7 +126,7 @@ class Mirroring:
         try:
             action()
         except Exception as error:
-            _complain(f"MLflow: {first_line(error)}; `qbench sync` mirrors later")
+            complain(f"MLflow: {first_line(error)}; `qbench sync` mirrors later")
             return False
         return True
 
@@ -165,7 +165,3 @@ def sync(results: Path, tracker: TrackerSettings) -> int:
     finally:
         claim.give_back()
     return count
-
-
-def _complain(message: str) -> None:
-    print(f"qbench: {message}", file=sys.stderr)

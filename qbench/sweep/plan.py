@@ -63,8 +63,8 @@ def make_plan(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
     """
     plan, jobs = Plan(), Jobs()
     baselines: dict[str, Job] = {}
-    seen: dict[tuple[Any, ...], None] = {}
-    recorded: dict[str, str | None] = {}
+    seen: set[tuple[Any, ...]] = set()
+    recorded: set[str] = set()
     first: dict[str, Any] = {}
     for cell in cells:
         plan.cells += 1
@@ -75,7 +75,7 @@ def make_plan(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
             job = jobs.job(config)
             if plan.settings is None:
                 first, plan.settings = config, jobs.settings(config)
-                recorded = dict.fromkeys(_names(plan.store.records))
+                recorded = _names(plan.store.records)
             if any(config[key] is not first[key] and config[key] != first[key] for key in _SHARED):
                 raise UsageError(
                     f"{', '.join(_SHARED[:-1])} are one for a whole sweep; give each a single value"
@@ -88,7 +88,7 @@ def make_plan(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
             _want(plan, job, recorded, force=config["force"])
             shared = (*(id(config[key]) for key in ("model", "eval", "data")), config["device"])
             if is_sweep and config["baseline"] and shared not in seen:
-                seen[shared] = None
+                seen.add(shared)
                 baseline = jobs.job(floating_point(config))
                 baselines[baseline.fingerprint] = baseline
         except UsageError:
@@ -105,18 +105,16 @@ def make_plan(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
     return plan
 
 
-def _want(plan: Plan, job: Job, recorded: dict[str, str | None], *, force: bool) -> None:
+def _want(plan: Plan, job: Job, recorded: set[str], *, force: bool) -> None:
     """Put a job on the plan, and on the list of what is to do unless its record counts.
 
     Raises:
         ValueError, NotImplementedError, OSError: If it cannot run.
     """
     fingerprint = job.fingerprint
-    if fingerprint in recorded:
-        record = plan.store.read(fingerprint)
-        if record is not None and record["status"] == "done" and not force:
-            plan.wanted[fingerprint] = None
-            return
+    if fingerprint in recorded and not force and plan.store.is_done(fingerprint):
+        plan.wanted[fingerprint] = None
+        return
     job.check()
     plan.wanted[fingerprint] = None
     plan.todo[fingerprint] = job
@@ -124,7 +122,7 @@ def _want(plan: Plan, job: Job, recorded: dict[str, str | None], *, force: bool)
         plan.again.add(fingerprint)
 
 
-def _put_first(plan: Plan, baselines: dict[str, Job], recorded: dict[str, str | None]) -> None:
+def _put_first(plan: Plan, baselines: dict[str, Job], recorded: set[str]) -> None:
     wanted, todo = plan.wanted, plan.todo
     plan.wanted, plan.todo = {}, {}
     for fingerprint, job in baselines.items():
@@ -162,8 +160,8 @@ def _digest(part: Any) -> str:
     return hashlib.sha256(canonical(part).encode()).hexdigest()[:8]
 
 
-def _names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _excluded(exclude: Sequence[dict[str, Any]], job: Job, config: dict[str, Any]) -> str | None:

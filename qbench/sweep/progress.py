@@ -1,5 +1,6 @@
 """What a running sweep shows: jobs and time left, and what each worker does. Plain lines where there is no terminal."""
 
+import sys
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -107,6 +108,11 @@ class Progress:
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """Say on standard error what the user should know, on one line."""
+    print(f"qbench: {message}", file=sys.stderr)
 
 
 def activity(state: dict[str, Any]) -> str:

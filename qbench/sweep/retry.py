@@ -6,7 +6,8 @@ from typing import Any
 from qbench.errors import UsageError
 from qbench.sweep.plan import Plan
 from qbench.sweep.preview import print_plan
-from qbench.sweep.session import complain, run_plan
+from qbench.sweep.progress import complain
+from qbench.sweep.session import run_plan
 from qbench.sweep.settings import Jobs
 from qbench.track.records import Record, RecordStore
 

@@ -1,7 +1,6 @@
 """From cells to records: plan, run what is left under a launcher, mirror, and say what came of it."""
 
 import signal
-import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from typing import Any
@@ -16,11 +15,12 @@ from qbench.sweep.launchers import follow, launcher_for, run_inline
 from qbench.sweep.mirroring import Mirroring
 from qbench.sweep.plan import Plan, make_plan
 from qbench.sweep.preview import print_plan
-from qbench.sweep.progress import Progress
+from qbench.sweep.progress import Progress, complain
 from qbench.sweep.settings import Settings
 from qbench.sweep.supervisor import LaunchError
+from qbench.sweep.worker import interrupt
 from qbench.track.claims import Claims
-from qbench.track.records import RecordStore
+from qbench.track.records import Record
 
 OK, BAD_INPUT, SOME_FAILED = 0, 2, 3
 
@@ -76,17 +76,17 @@ def run_plan(plan: Plan, settings: Settings, *, is_sweep: bool) -> int:
                         mirroring.add(record)
         except LaunchError as error:
             trouble = str(error)
-        mirroring.finish(r for f in plan.wanted if (r := store.read(f)) is not None)
+        records = [r for f in plan.wanted if (r := store.read(f)) is not None]
+        mirroring.finish(records)
     if trouble:
         complain(f"{trouble}\nqbench: the same command takes up from here")
-    return _conclude(plan, store, settings, unfinished=bool(trouble))
+    return _conclude(plan, records, settings, unfinished=bool(trouble))
 
 
 def _launched(plan: Plan, settings: Settings, is_sweep: bool, progress: Progress) -> Generator[str]:
     """Run the jobs under the launcher; yields fingerprints as records come in."""
     if not plan.todo:
         return
-
     # One job needs no second process, unless it may have to be ended.
     inline = settings.launcher.kind == "inline" or (
         settings.launcher.kind == "local" and not is_sweep and settings.job.timeout is None
@@ -94,7 +94,7 @@ def _launched(plan: Plan, settings: Settings, is_sweep: bool, progress: Progress
     if inline and settings.job.timeout is not None:
         raise UsageError("job.timeout ends the process of a job that hangs; use launcher=local")
     launch = make_launch(plan, settings)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         if inline:
             yield from run_inline(launch, progress.show)
@@ -123,12 +123,7 @@ def make_launch(plan: Plan, settings: Settings) -> Launch:
     return launch
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _conclude(plan: Plan, store: RecordStore, settings: Settings, *, unfinished: bool) -> int:
-    records = [r for f in plan.wanted if (r := store.read(f)) is not None]
+def _conclude(plan: Plan, records: list[Record], settings: Settings, *, unfinished: bool) -> int:
     print_summary(
         records,
         problems=plan.problems,
@@ -140,7 +135,3 @@ def _conclude(plan: Plan, store: RecordStore, settings: Settings, *, unfinished:
     if unfinished or any(record["status"] == "failed" for record in records):
         return SOME_FAILED
     return BAD_INPUT if plan.problems else OK
-
-
-def complain(message: str) -> None:
-    print(f"qbench: {message}", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from qbench.sweep.beacon import read
-from qbench.sweep.worker import FINISHED, RENEWED, STOPPED, TIMED_OUT, UNWRITABLE
+from qbench.sweep.worker import FINISHED, RENEWED, STOPPED, TIMED_OUT, UNWRITABLE, interrupt, tail
 from qbench.track.claims import Claim, Claims
 
 _GRACE = 5.0  # seconds that a worker has to stop in
@@ -97,7 +97,7 @@ class Supervisor:
             elif code == FINISHED:
                 slot.process = None
             elif code == UNWRITABLE:
-                raise LaunchError(f"results cannot be written: {_tail(slot.log, 300).strip()}")
+                raise LaunchError(f"results cannot be written: {tail(slot.log)[-300:].strip()}")
             else:
                 self._replace(slot, code)
 
@@ -110,7 +110,7 @@ class Supervisor:
                 f"workers {_end_of(code)} before they ran a job; the end of {slot.log}: {_last_line(slot.log)}"
             )
         if state and state.get("claim") and code not in (TIMED_OUT, STOPPED, RENEWED):
-            log = _tail(Path(state["log"]), 4000, state.get("log_from", 0)) if state["log"] else ""
+            log = tail(Path(state["log"]), state.get("log_from", 0)) if state["log"] else ""
             self._claims.note_death(Path(state["claim"]), f"the worker {_end_of(code)}", log)
         self._beacon(slot).unlink(missing_ok=True)
         self._spawn(slot)
@@ -169,15 +169,11 @@ def serve_shard(root: str, launch: str, start: float, threads: int, lease: float
     The worker is a process of its own here too, so that a job that hangs or kills it does not end the task.
     """
     with contextlib.suppress(ValueError):  # Ray does not run it in the main thread, and kills
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
     with Supervisor(Path(root), launch, [start], threads, lease=lease) as supervisor:
         while supervisor.running:
             supervisor.poll()
             time.sleep(0.5)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def spread(n: int) -> list[float]:
@@ -193,11 +189,4 @@ def _end_of(code: int) -> str:
 
 
 def _last_line(path: Path) -> str:
-    return next(iter(reversed(_tail(path, 2000).strip().splitlines())), "nothing was logged")
-
-
-def _tail(path: Path, characters: int, start: int = 0) -> str:
-    with contextlib.suppress(OSError), path.open(errors="replace") as file:
-        file.seek(start)
-        return file.read()[-characters:]
-    return ""
+    return next(iter(reversed(tail(path).strip().splitlines())), "nothing was logged")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from qbench.errors import UsageError, first_line
+from qbench.errors import first_line
 from qbench.job import Job
 from qbench.run import Outcome, Reporter, Shared, failure, run
 from qbench.sweep.beacon import Beacon
@@ -206,12 +206,7 @@ class Worker:
 
     def log_tail(self, log_from: int) -> str:
         """What this process has logged since the job began."""
-        if self.log is None:
-            return ""
-        with contextlib.suppress(OSError), self.log.open(errors="replace") as file:
-            file.seek(log_from)
-            return file.read()[-_LOG_TAIL:]
-        return ""
+        return tail(self.log, log_from) if self.log else ""
 
 
 @dataclass
@@ -295,7 +290,7 @@ def serve(root: Path, launch: str | None, name: str | None, start: float, parent
 
     if parent is not None:  # a terminal sends it to workers too, and stopping them is the launcher's
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, interrupt)
     log = Path(os.environ["QBENCH_LOG"]).absolute() if "QBENCH_LOG" in os.environ else None
     found = Launch.load(root, launch)
     os.environ["QBENCH_COMMAND"] = found.command
@@ -310,16 +305,23 @@ def serve(root: Path, launch: str | None, name: str | None, start: float, parent
     except KeyboardInterrupt:
         return STOPPED
     except StoreTrouble as error:
-        raise_to = f"results folder {str(found.root)!r} cannot be written: {error.strerror}"
-        print(raise_to, file=sys.stderr, flush=True)
+        print(
+            f"results folder {str(found.root)!r} cannot be written: {error.strerror}",
+            file=sys.stderr,
+            flush=True,
+        )
         return UNWRITABLE
-    except UsageError:
-        raise
-    except Exception as error:
-        print(f"worker {name} ends: {first_line(error)}", file=sys.stderr, flush=True)
-        raise
     return RENEWED if worker.is_spoiled else FINISHED
 
 
-def _stop(*_: Any) -> None:
+def interrupt(*_: object) -> None:
+    """A signal handler that ends what runs as Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+def tail(path: Path, start: int = 0) -> str:
+    """The end of what a log says from `start` on."""
+    with contextlib.suppress(OSError), path.open(errors="replace") as file:
+        file.seek(start)
+        return file.read()[-_LOG_TAIL:]
+    return ""

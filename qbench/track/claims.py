@@ -125,7 +125,7 @@ class Claims:
         return any(self._state(path) == "held" for path in self._of(fingerprint))
 
     def note_death(self, claim: Path, reason: str, log: str) -> None:
-        """Leave word of how the holder of `claim` ended, for the record of the job, and end the claim."""
+        """Leave word of how the holder of `claim` ended, for the record of the job."""
         with contextlib.suppress(OSError):
             claim.with_name(f"death-{claim.name}").write_text(json.dumps({"reason": reason, "log": log}))
 
@@ -139,18 +139,13 @@ class Claims:
 
     def sweep_up(self) -> None:
         """Delete the claims of jobs that nobody has touched for a day."""
-        last: dict[str, float] = {}
-        files = list(self.root.iterdir()) if self.root.is_dir() else []
-        for path in files:
-            job = path.name.removeprefix("death-").partition(".")[0]
-            with contextlib.suppress(FileNotFoundError):
-                stat = (
-                    path.stat()
-                )  # giving a claim back sets its modification time, but not that of its change
-                last[job] = max(last.get(job, 0.0), stat.st_mtime, stat.st_ctime)
-        for path in files:
-            if last.get(path.name.removeprefix("death-").partition(".")[0], 0.0) < time.time() - _OLD:
-                path.unlink(missing_ok=True)
+        files: dict[str, list[Path]] = {}
+        for path in self.root.iterdir() if self.root.is_dir() else ():
+            files.setdefault(path.name.removeprefix("death-").partition(".")[0], []).append(path)
+        for paths in files.values():
+            if max(_touched(path) for path in paths) < time.time() - _OLD:
+                for path in paths:
+                    path.unlink(missing_ok=True)
 
     def _of(self, fingerprint: str) -> Iterator[Path]:
         number = 0
@@ -178,6 +173,15 @@ class Claims:
             self._offset = time.monotonic(), probe.stat().st_mtime - time.monotonic()
             probe.unlink(missing_ok=True)
         return self._offset[1] + time.monotonic()
+
+
+def _touched(path: Path) -> float:
+    """When a file was last changed in any way: giving a claim back sets only the time of its modification."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return 0.0
+    return max(stat.st_mtime, stat.st_ctime)
 
 
 def this_process() -> dict[str, Any]:
