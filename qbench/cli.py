@@ -69,10 +69,11 @@ def _run() -> int:
     from qbench.sweep.explain import explain
     from qbench.sweep.grid import Cell, cell_of, held_back
     from qbench.sweep.shipped import CONF
+    from qbench.sweep.steps import choose_custom
     from qbench.sweep.study import named, unfold
 
     studies = named(sys.argv[1:])
-    sys.argv[1:] = unfold(sys.argv[1:])
+    sys.argv[1:] = choose_custom(unfold(sys.argv[1:]))
     if {"-m", "--multirun"} & set(sys.argv):
         sys.argv[1:] = held_back(sys.argv[1:], studies)
     # Hydra would print its own report and exit with 1; raise instead, and say it in one line.

@@ -12,6 +12,7 @@ import torch
 
 from qbench.algorithms.base import Algorithm
 from qbench.data.tokens import CalibrationSet
+from qbench.engine import REVISION as ENGINE
 from qbench.errors import Unsuitable
 from qbench.evaluate.plan import EvalPlan
 from qbench.models.load import ModelRef, check_fit
@@ -48,6 +49,7 @@ class Job:
             "scheme": str(self.scheme),
             "calib": self.calib.identity() if self.calib else None,
             "evaluation": self.evaluation.identity(),
+            "engine": ENGINE,
         }
 
     @cached_property
@@ -60,6 +62,7 @@ class Job:
             "scheme": json.dumps(str(self.scheme)),
             "calib": canonical(self.calib) if self.calib else "null",
             "evaluation": canonical(self.evaluation),
+            "engine": str(ENGINE),
         }
         text = "{" + ",".join(f'"{key}":{parts[key]}' for key in sorted(parts)) + "}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -94,8 +97,11 @@ class Job:
         """
         self.algorithm.check(self.scheme)
         check_device(self.device)
-        if self.scheme.kv is not None and self.model.attn != "sdpa":
-            raise Unsuitable("KV quantization needs model.attn=sdpa", f"model.attn is {self.model.attn}")
+        inside = self.scheme.kv is not None or self.scheme.bmm is not None
+        if inside and self.model.attn != "sdpa":
+            raise Unsuitable(
+                "quantization inside attention needs model.attn=sdpa", f"model.attn is {self.model.attn}"
+            )
         _check_fit(self.model, self.scheme)
         if self.evaluation.ppl:
             _check_length(self.model, "eval.seq_len", self.evaluation.seq_len)

@@ -26,7 +26,7 @@ from qbench.calib.stream import FirstInputs, first_inputs
 from qbench.data.corpora import load_text
 from qbench.data.tokens import CalibrationSet, sha256
 from qbench.deploy.size import size_metrics
-from qbench.engine import quantize
+from qbench.engine import Quantized, quantize
 from qbench.errors import first_line
 from qbench.evaluate.result import Evaluation
 from qbench.job import Job, tokenizer
@@ -103,7 +103,7 @@ def run(job: Job, shared: Shared, reporter: Reporter | None = None) -> Outcome:
     started = datetime.now(UTC)
     torch.manual_seed(0)  # whatever ran before in this process, a job starts from the same state
     try:
-        metrics, errors, samples = _measure(job, shared, reporter or Reporter())
+        metrics, quantized, samples = _measure(job, shared, reporter or Reporter())
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"not finite: {', '.join(bad)}")
     except Exception as error:  # whatever one job raises, the other jobs go on; the record says what it was
@@ -113,7 +113,9 @@ def run(job: Job, shared: Shared, reporter: Reporter | None = None) -> Outcome:
     result: dict[str, Any] = {
         "status": "done",
         "metrics": metrics,
-        "block_errors": errors,
+        "block_errors": quantized.errors,
+        "block_reports": quantized.reports if any(quantized.reports) else [],
+        "model_report": quantized.report,
         "data": _provenance(job),
     }
     return Outcome(_about(job, started) | result | _finished(), samples)
@@ -156,25 +158,26 @@ def _finished() -> dict[str, Any]:
 
 def _measure(
     job: Job, shared: Shared, reporter: Reporter
-) -> tuple[dict[str, float], list[float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], Quantized, list[dict[str, Any]]]:
     metrics: dict[str, float] = {}
     with _phase("load", job, metrics, reporter):
         model = shared.model(job.model)
         tokens = calibration_tokens(job.model, job.calib, job.data_root) if job.calib else None
         first = shared.first(model, job)
         job.evaluation.prepare(tokenizer(job.model), job.data_root)
-    metrics |= size_metrics(model, job.scheme)
+    n_parameters = sum(p.numel() for p in model.parameters())  # tied parameters are listed once
     with _phase("calib", job, metrics, reporter):
-        errors = quantize(
+        quantized = quantize(
             model, job.algorithm, job.scheme, tokens, first=first,
             propagate_error=job.calib.propagate_error if job.calib else True,
             batch_size=job.calib.batch_size if job.calib else 8, device=job.device, on_block=reporter.block,
         )  # fmt: skip
+    metrics |= size_metrics(model, n_parameters, quantized.stored_bits, quantized.extra_bits)
     with _phase("eval", job, metrics, reporter):
         result: Evaluation = job.evaluation.run(model.to(job.device), tokenizer(job.model), job.data_root)
-    if errors:
-        metrics["block_error_mean"] = sum(errors) / len(errors)
-    return metrics | result.metrics, errors, result.samples
+    if quantized.errors:
+        metrics["block_error_mean"] = sum(quantized.errors) / len(quantized.errors)
+    return metrics | result.metrics, quantized, result.samples
 
 
 @contextlib.contextmanager

@@ -15,8 +15,7 @@ from typing import Literal
 import torch
 
 from qbench.algorithms.rtn import RTN
-from qbench.calib.stream import Block
-from qbench.quant.scheme import Scheme
+from qbench.calib.block import Block
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Faulty(RTN):
     tag: int = 0
     runs: str = ""
 
-    def process(self, block: Block, scheme: Scheme) -> None:
-        super().process(block, scheme)
+    def process(self, block: Block) -> None:
+        super().process(block)
         if block.index != 1 or self.how == "none":
             return
         if self.runs:

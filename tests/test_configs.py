@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -38,9 +39,13 @@ def test_every_choice_builds(choice):
     assert job.fingerprint == job_of(choice, *extra).fingerprint
 
 
-@pytest.mark.parametrize("path", sorted((CONF / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted((CONF / "scheme").glob("*.yaml")) if re.fullmatch(r"w\d+a\d+(kv\d+)?(g\d+)?", p.stem)],
+    ids=lambda p: p.stem,
+)
 def test_a_scheme_is_what_its_name_says(path):
-    ours, named = settings_of(f"scheme={path.stem}").scheme, Scheme.parse(path.stem)
+    ours, named = job_of(f"scheme={path.stem}").scheme, Scheme.parse(path.stem)
     assert str(ours).removesuffix("-wsym") == str(named)
     assert str(ours).endswith("-wsym") == (named.activation is not None), (
         "symmetric weights go with activation bits"
@@ -67,9 +72,9 @@ def test_every_study_names_axes_that_exist(path):
 
 
 def test_single_keys_override_the_scheme():
-    scheme = settings_of("scheme=w4a16g128", "wbits=3", "group_size=64").scheme
+    scheme = job_of("scheme=w4a16g128", "wbits=3", "group_size=64").scheme
     assert str(scheme) == "w3a16g64"
-    assert str(settings_of("wbits=4", "group_size=-1").scheme) == "w4a16"
+    assert str(job_of("wbits=4", "group_size=-1").scheme) == "w4a16"
 
 
 def fingerprint(*overrides: str) -> str:

@@ -7,12 +7,13 @@ import torch
 
 from qbench.algorithms.gptq import GPTQ
 from qbench.algorithms.rtn import RTN
+from qbench.calib.block import Block
 from qbench.calib.observers import AbsMax, AbsMean, Gram, Range
-from qbench.calib.stream import Block, first_inputs
+from qbench.calib.stream import first_inputs
 from qbench.deploy.size import size_metrics
 from qbench.engine import quantize
 from qbench.models.family import family_of
-from qbench.quant.affine import choose_qparams, fake_quantize
+from qbench.quant.grid import choose_qparams, fake_quantize
 from qbench.quant.scheme import Scheme
 
 from .conftest import random_model
@@ -72,14 +73,14 @@ def test_block_errors_are_zero_without_quantization_and_small_at_8_bits(llama, t
     class Data(RTN):
         needs_data = True
 
-    assert quantize(copy.deepcopy(llama), Data(), Scheme(), tokens) == [0.0, 0.0]
-    eight = quantize(copy.deepcopy(llama), Data(), Scheme.parse("w8a16g16"), tokens)
-    three = quantize(copy.deepcopy(llama), Data(), Scheme.parse("w3a16g16"), tokens)
+    assert quantize(copy.deepcopy(llama), Data(), Scheme(), tokens).errors == [0.0, 0.0]
+    eight = quantize(copy.deepcopy(llama), Data(), Scheme.parse("w8a16g16"), tokens).errors
+    three = quantize(copy.deepcopy(llama), Data(), Scheme.parse("w3a16g16"), tokens).errors
     assert all(0 < e < 1e-3 < t < 1 for e, t in zip(eight, three, strict=True))
 
 
 def test_a_data_free_algorithm_needs_no_tokens(model):
-    assert quantize(model, RTN(), Scheme.parse("w4a8g16")) == []
+    assert quantize(model, RTN(), Scheme.parse("w4a8g16")).errors == []
 
 
 def test_an_algorithm_that_needs_data_says_so(llama):
@@ -147,10 +148,56 @@ def test_bits_per_weight_counts_everything(llama):
         for n in family_of(llama).linears
     )
     n_all = sum(p.numel() for p in llama.parameters())
-    metrics = size_metrics(llama, Scheme.of(wbits=4, group_size=16))
+    quantized = quantize(llama, RTN(), Scheme.of(wbits=4, group_size=16))
+    metrics = size_metrics(llama, n_all, quantized.stored_bits)
     per_linear = 4 + (16 + 4) / 16
     assert metrics["bits_per_linear_weight"] == pytest.approx(per_linear)
     expected = (per_linear * n_linear + 16 * (n_all - n_linear)) / n_all
     assert metrics["bits_per_weight"] == pytest.approx(expected)
     assert metrics["model_mb"] == pytest.approx(expected * n_all / 8e6)
-    assert size_metrics(llama, Scheme())["bits_per_weight"] == 16
+    assert size_metrics(llama, n_all, {})["bits_per_weight"] == 16
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "opt"])
+def test_a_pass_in_stages_sees_what_passes_one_by_one_see(name, tokens, monkeypatch):
+    """Layers rounded on the way are seen by the layers behind them, and by the outputs."""
+
+    def rounded() -> tuple[list, torch.Tensor, list]:
+        block, seen = blocks_of(random_model(name), tokens)[0], []
+        for link, (gram,) in block.sequential(Gram):
+            seen.append(gram)
+            for sink in block.sinks(link):
+                sink.weight.mul_(0.5)
+        return seen, block.outputs().hidden, ran
+
+    ran: list = []
+    monkeypatch.setattr(Block, "observe", lambda self, *a, **k: ran.append(1) or observe(self, *a, **k))
+    staged, outputs, _ = rounded()
+    assert not ran, "a pass in stages needs no other"
+    monkeypatch.setattr("qbench.calib.block._PAUSED_UP_TO", 0)
+    single, expected, _ = rounded()
+    assert len(ran) == len(single)
+    for a, b in zip(staged, single, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(outputs, expected)
+
+
+def test_outputs_are_not_remembered_past_a_change(llama, tokens):
+    block = blocks_of(llama, tokens)[0]
+    for _ in block.sequential(Gram):
+        pass
+    before = block.outputs().hidden
+    block.linear("mlp.down_proj").weight.mul_(0.5)
+    assert not torch.equal(block.outputs().hidden, before)
+
+
+def test_a_pass_that_is_left_in_the_middle_leaves_nothing_behind(llama, tokens):
+    block = blocks_of(llama, tokens)[0]
+    passes = block.sequential(Gram)
+    next(passes)
+    passes.close()
+    assert not any(m._forward_pre_hooks for m in block.layer.modules())
+    assert torch.equal(block.outputs().hidden, blocks_of(llama, tokens)[0].outputs().hidden)
+
+
+observe = Block.observe

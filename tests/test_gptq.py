@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qbench.algorithms.gptq import GPTQ
-from qbench.quant.affine import fake_quantize
-from qbench.quant.scheme import QuantSpec
+from qbench.quant.grid import fake_quantize
+from qbench.quant.spec import QuantSpec
 
 from .reference import gptq as reference
 
@@ -42,6 +42,49 @@ def test_gptq_equals_the_naive_algorithm(bits, size, act_order, static_groups, b
     # Both work in float64 on a Hessian with condition number below 1e4: grid points must be the same ones,
     # and differ by rounding of the scale alone.
     torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
+
+
+def some_kept(which: str) -> torch.Tensor:
+    """Three columns of one group and one of another, one weight in ten, or both."""
+    kept = torch.rand(20, N, generator=torch.Generator().manual_seed(2)) < (0 if which == "columns" else 0.1)
+    if which != "weights":
+        kept[:, [2, 3, 7, 30]] = True
+    return kept
+
+
+@pytest.mark.parametrize("block_size", [1, 13, 128])
+@pytest.mark.parametrize(("act_order", "static_groups"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("which", ["columns", "weights", "both"])
+def test_gptq_with_what_is_kept_equals_the_naive_algorithm(which, act_order, static_groups, block_size):
+    w, x = problem()
+    kept = some_kept(which)
+    spec = QuantSpec(3, granularity="group", group_size=SIZE)
+    algorithm = GPTQ(act_order=act_order, static_groups=static_groups, block_size=block_size)
+    ours = algorithm.round(w, x.T @ x / len(x), spec, kept=kept)
+    naive = reference.gptq(w, x, 3, SIZE, algorithm.damp, act_order, static_groups, kept)
+    torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("static_groups", [False, True])
+@pytest.mark.parametrize("which", ["columns", "weights", "both"])
+def test_what_is_kept_lowers_the_error_and_the_rest_is_on_its_grid(which, static_groups):
+    w, x = problem()
+    kept, spec = some_kept(which), QuantSpec(3, granularity="group", group_size=SIZE)
+    algorithm = GPTQ(act_order=False, static_groups=static_groups)
+    q, whole = (algorithm.round(w, x.T @ x / len(x), spec, kept=k) for k in (kept, None))
+    assert ((q - w) @ x.T).square().sum() < ((whole - w) @ x.T).square().sum()
+    for row, mask in zip(q.reshape(-1, SIZE), kept.reshape(-1, SIZE), strict=True):
+        assert len(torch.unique(row[~mask])) <= 2**3
+
+
+def test_what_is_kept_of_a_channel_that_is_never_active_stays_as_it_is():
+    w, x = problem()
+    x[:, 5] = 0
+    kept = torch.zeros_like(w, dtype=torch.bool)
+    kept[3:, 5] = True
+    q = GPTQ().round(w, x.T @ x / len(x), QuantSpec(4), kept=kept)
+    assert torch.equal(q[3:, 5], w[3:, 5])
+    assert (q[:3, 5] == 0).all()
 
 
 def test_gptq_beats_rounding_to_nearest_on_its_objective():

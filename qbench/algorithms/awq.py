@@ -1,12 +1,12 @@
 """AWQ: protect the weights that meet large activations by scaling them up before rounding.
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and
-Acceleration", MLSys 2024, arXiv:2306.00978, Section 3.2: Equations 4 and 5, and its clipping.
+Acceleration", MLSys 2024, arXiv:2306.00978, Section 3.2: Equations 4 and 5. Its clipping is `awq_clip`.
 
-The output error of a rounded weight is measured exactly from the Gram matrix `G` of its input,
-`‖X Δᵀ‖² = n tr(Δ G Δᵀ)`, so that no activation need be kept and no candidate costs a forward pass. It
-is the error of the linear layers, as in Equation 4; the authors' code measures that of the module
-around them (attention, MLP), which differs for q, k, v and gate, up.
+The error of a candidate is that of the linear layers' outputs, as in Equation 4, measured from the Gram matrix of
+their input: no activation need be kept and no candidate costs a forward pass. The authors' code measures that of the
+module around them (attention, MLP), which differs for q, k, v and gate, up. Activations are not quantized in the
+search, whatever the scheme: the scales are made for weights.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from qbench.algorithms.base import Algorithm, Kind
+from qbench.calib.block import Block
 from qbench.calib.observers import AbsMean, Gram
-from qbench.calib.stream import Block
-from qbench.models.surgery import migrate_scale
-from qbench.quant.affine import choose_qparams, fake_quantize, grouped, round_to_grid
-from qbench.quant.scheme import QuantSpec, Scheme
+from qbench.models.family import Link, head_dim_of
+from qbench.models.rotate import is_rotated_online
+from qbench.models.surgery import migrate_scale, scale_columns, scale_rows
+from qbench.quant.grid import fake_quantize, grouped
+from qbench.quant.output_error import output_error, row_chunks
+from qbench.quant.scheme import Scheme
+from qbench.quant.spec import QuantSpec
 
-
-def output_error(delta: Tensor, gram: Tensor) -> Tensor:
-    """`tr(Δ G Δᵀ)` summed over the leading axes; `delta` is `(..., rows, n)`, `gram` `(..., n, n)`."""
-    return ((delta @ gram) * delta).sum()
+Weights = list[tuple[Tensor, QuantSpec]]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,16 @@ class AWQScale(Algorithm):
 
     Attributes:
         n_grid: Number of exponents `r` tried, `0, 1/n, …, (n−1)/n`.
+        duo: Divide by `w^(1−r)`, with `w` a channel's mean magnitude relative to the largest of the group: the first
+            version of the paper, LLMC's `v1`, AutoAWQ's `duo_scaling`.
+        gqa: Under grouped-query attention also scale the input of the output projection: heads that read one value
+            head share its scales (LLMC's `do_gqa_trans`). Without it this input is left alone, as in the authors'
+            code.
     """
 
     n_grid: int = 20
+    duo: bool = False
+    gqa: bool = False
 
     kind: ClassVar[Kind] = "transform"
 
@@ -48,89 +56,80 @@ class AWQScale(Algorithm):
         self._check_weights(scheme)
 
     @torch.no_grad()
-    def process(self, block: Block, scheme: Scheme) -> None:
-        if scheme.weight is None:
-            return
-        links = [link for link in block.family.links if block.scalable(link)]
+    def process(self, block: Block) -> None:
+        links = [
+            k for k in block.links if any(block.alike(k)) and (block.scalable(k) or self._shares(block, k))
+        ]
         # One pass serves all links: a link's scale is undone by its sinks, so no later input feels it.
         for link, (gram, mean) in block.observe(Gram, AbsMean, links=links).items():
             assert link.source is not None
-            weight = torch.cat([sink.weight for sink in block.sinks(link)]).to(gram)
-            migrate_scale(
-                block[link.source], block.sinks(link), self.search(weight, gram, mean, scheme.weight)
-            )
+            weights = [
+                (torch.cat([block.linear(name).weight for name in names]).to(gram), spec)
+                for spec, names in block.alike(link)
+            ]
+            layers = [
+                (block.linear(name).weight, spec) for spec, names in block.alike(link) for name in names
+            ]
+            relative = relative_magnitude(layers).to(mean) if self.duo else None
+            if block.scalable(link):
+                migrate_scale(
+                    block[link.source], block.sinks(link), self.search(weights, gram, mean, relative)
+                )
+                continue
+            heads = _heads(block, link)
+            mean, relative = (x if x is None else _tied(x, heads).flatten() for x in (mean, relative))
+            s = self.search(weights, gram, mean, relative)
+            scale_rows(block[link.source], 1 / s.view(heads)[:, 0].flatten())
+            for sink in block.sinks(link):
+                scale_columns(sink, s)
 
-    def search(self, w: Tensor, gram: Tensor, mean: Tensor, spec: QuantSpec) -> Tensor:
-        """The best scales for `w`, `(out, in)`, shape `(in,)`."""
-        best, best_error = torch.ones_like(mean), torch.tensor(float("inf"))
-        for step in range(self.n_grid):
-            s = (mean ** (step / self.n_grid)).clamp(min=1e-4)
-            s = s / (s.max() * s.min()).sqrt()
-            error = output_error(fake_quantize(w * s, spec) / s - w, gram)
-            if error < best_error:
-                best, best_error = s, error
-        return best
+    def _shares(self, block: Block, link: Link) -> bool:
+        """Whether several heads read one head of the link's source, and their scales are asked for."""
+        online = any(is_rotated_online(sink) for sink in block.sinks(link))
+        return self.gqa and link.source == block.family.value and not online
+
+    def search(self, weights: Weights, gram: Tensor, mean: Tensor, relative: Tensor | None = None) -> Tensor:
+        """The best scales for layers that share an input, `(out, in)` each, shape `(in,)`.
+
+        Args:
+            gram: Gram matrix of the input, `(in, in)`; `mean`: its mean magnitude, `(in,)`.
+            relative: What `relative_magnitude` says of the weights, to divide by.
+        """
+        exponents = [step / self.n_grid for step in range(self.n_grid)]
+        candidates = torch.stack([_scale(r, mean, relative) for r in exponents])
+        errors = gram.new_zeros(self.n_grid)
+        for w, spec in weights:
+            for part in row_chunks(w, spec):
+                for i, s in enumerate(candidates):
+                    errors[i] += output_error(fake_quantize(part * s, spec) / s - part, gram).sum()
+        return candidates[errors.argmin()]
 
 
-@dataclass(frozen=True)
-class AWQClip(Algorithm):
-    """Shrink each group's range to the fraction that hurts the group's share of the output least.
+def relative_magnitude(layers: Weights) -> Tensor:
+    """Each input channel's mean magnitude, relative to the largest weight of a group, `(in,)`; the layers' average."""
+    means = []
+    for weight, spec in layers:
+        g = grouped(weight.abs(), spec)
+        means.append((g / g.amax(-1, keepdim=True).clamp(min=1e-6)).view_as(weight).mean(0))
+    return torch.stack(means).mean(0)
 
-    The fraction applies to both ends of an asymmetric range, so clipping is as symmetric as the
-    grid. Queries and keys are left alone, as in the authors' code: their errors meet in a product.
 
-    Attributes:
-        n_grid: Steps from the whole range to none.
-        max_shrink: Share of those steps tried: 0.5 tries 1, 0.95, … 0.55 of the range.
-    """
+def _scale(r: float, mean: Tensor, relative: Tensor | None) -> Tensor:
+    s = mean**r
+    if relative is not None:
+        s = s / (relative ** (1 - r) + 1e-4)  # AutoAWQ's constant, for channels without weights
+    s = s.clamp(min=1e-4)
+    return s / (s.max() * s.min()).sqrt()
 
-    n_grid: int = 20
-    max_shrink: float = 0.5
 
-    kind: ClassVar[Kind] = "clip"
+def _heads(block: Block, link: Link) -> tuple[int, int, int]:
+    """Value heads, heads that read each, and channels of a head."""
+    attention = block[block.family.value.rpartition(".")[0]]
+    size = head_dim_of(attention.config)
+    n_values = block.linear(block.family.value).out_features // size
+    return n_values, block.linear(link.sinks[0]).in_features // (n_values * size), size
 
-    def __post_init__(self) -> None:
-        if not 0 < self.max_shrink < 1 or self.max_shrink * self.n_grid < 1:
-            raise ValueError(
-                f"AWQ's clip tries n_grid * max_shrink = {self.n_grid} * {self.max_shrink} ranges; "
-                "max_shrink must be between 0 and 1, and their product at least 1"
-            )
 
-    def check(self, scheme: Scheme) -> None:
-        self._check_weights(scheme)
-
-    @torch.no_grad()
-    def process(self, block: Block, scheme: Scheme) -> None:
-        if scheme.weight is None:
-            return
-        for link, (gram,) in block.observe(Gram).items():
-            for name in link.sinks:
-                if name not in block.family.query_key:
-                    weight = block.linear(name).weight
-                    weight.copy_(self.clip(weight.to(gram), gram, scheme.weight))
-
-    def clip(self, w: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:
-        """`w`, `(out, in)`, clamped group by group to the best of the tried ranges."""
-        g = grouped(w, spec)  # (out, n_groups, group_size)
-        n_groups, size = g.shape[-2:]
-        blocks = gram.view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        best = torch.ones(*g.shape[:-1], 1).to(g)
-        best_error = torch.full_like(best, float("inf"))
-        for step in range(int(self.max_shrink * self.n_grid)):
-            keep = 1 - step / self.n_grid
-            scale, zero = choose_qparams(w, spec, (keep, keep))
-            delta = round_to_grid(g.clamp(*self._range(g, keep, spec)), scale, zero, spec) - g
-            # (groups, out, size) batches the product with one Gram block per group
-            by_group = delta.transpose(0, 1)
-            error = ((by_group @ blocks) * by_group).sum(-1).T[..., None]
-            best = torch.where(error < best_error, keep, best)
-            best_error = torch.minimum(error, best_error)
-        return g.clamp(*self._range(g, best, spec)).reshape(w.shape)
-
-    @staticmethod
-    def _range(g: Tensor, keep: Tensor | float, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        lo, hi = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
-        if spec.symmetric:
-            hi = torch.maximum(-lo, hi)
-            lo = -hi
-        return lo * keep, hi * keep
+def _tied(x: Tensor, heads: tuple[int, int, int]) -> Tensor:
+    """The mean over the heads that read one value head, `(value heads, heads of each, channels)`."""
+    return x.view(heads).mean(1, keepdim=True).expand(heads)

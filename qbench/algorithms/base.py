@@ -1,38 +1,51 @@
 """What a quantization algorithm is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from qbench.calib.stream import Block
+from torch import Tensor
+
+from qbench.calib.block import Block
 from qbench.errors import Unsuitable
 from qbench.quant.scheme import Scheme
 
-Kind = Literal["transform", "clip", "round"]
-ORDER: tuple[Kind, ...] = ("transform", "clip", "round")
+Kind = Literal["transform", "select", "clip", "round", "tune"]
+ORDER: tuple[Kind, ...] = ("transform", "select", "clip", "round", "tune")
 
 
 class Algorithm(ABC):
     """One step of post-training quantization.
 
     A subclass is a frozen dataclass: its fields are its hyperparameters and it keeps no state between
-    blocks. It is one of three kinds.
+    blocks. It is one of five kinds, and steps follow one another in this order.
 
     * A **transform** rewrites weights so that they are easier to quantize and leaves the function of
       the model unchanged.
-    * A **clip** narrows the range of weights, which chooses the grid that a rounder will find.
-    * A **rounder** leaves every weight of the block on the scheme's grid.
+    * A **selection** marks what stays in floating point, in `block.kept`.
+    * A **clip** chooses grids, in `block.grids`, narrower than those that hold every weight.
+    * A **rounder** leaves every weight of the block on its grid, save what is kept.
+    * A **tuning** step trains what is not quantized (norms, adapters) to make up for the rounding.
 
     `tests/test_laws.py` checks these promises for every algorithm in the package.
 
     Attributes:
         revision: Raised when a change to the code changes numbers; part of a job's identity.
+        needs_data: Whether calibration data can change the result.
+        needs_float_path: Whether `process` reads `block.float_inputs` and `block.float_outputs`.
+        runs_model: Whether `prepare` runs the model, which is then on the device as a whole.
+        uses_grids, uses_kept: Of a rounder: whether it honours what clips and selections before it have chosen. A
+            pipeline refuses those before a rounder that does not.
     """
 
     kind: ClassVar[Kind]
     revision: ClassVar[int] = 1
     needs_data: ClassVar[bool] = True
+    needs_float_path: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = False
+    uses_grids: ClassVar[bool] = True
+    uses_kept: ClassVar[bool] = True
 
     def check(self, scheme: Scheme) -> None:
         """Refuse, before anything is loaded, a scheme that this algorithm can do nothing for.
@@ -41,13 +54,21 @@ class Algorithm(ABC):
             Unsuitable: Saying what is needed. A grid leaves such a cell out.
         """
 
+    def prepare(self, model: Any, scheme: Scheme, tokens: Tensor | None) -> dict[str, Any] | None:
+        """Edit the whole model in place, before its blocks are quantized.
+
+        Returns:
+            What there is to tell (plain numbers, texts, lists), by the step's name; `None` where the model is unchanged.
+        """
+        return None
+
     @abstractmethod
-    def process(self, block: Block, scheme: Scheme) -> None:
+    def process(self, block: Block) -> None:
         """Edit the block's weights in place."""
 
     def _check_weights(self, scheme: Scheme) -> None:
         """For `check`: refuse a scheme that leaves weights alone."""
-        if scheme.weight is None:
+        if not scheme.weights:
             raise Unsuitable(
                 f"{type(self).__name__} works on weights",
                 f"the scheme {scheme} leaves them in floating point; set wbits, or use algo=rtn",
@@ -60,7 +81,7 @@ class Algorithm(ABC):
 
 @dataclass(frozen=True)
 class Pipeline(Algorithm):
-    """Any transforms, then any clipping, then one rounder, applied in this order to each block.
+    """Any transforms, selections and clipping, then one rounder, then any tuning; each block meets them in this order.
 
     Attributes:
         steps: In order; given as a mapping, so that a step can be named on the command line
@@ -77,24 +98,49 @@ class Pipeline(Algorithm):
         ranks = [ORDER.index(step.kind) for step in self]
         if not ranks or ranks != sorted(ranks) or [s.kind for s in self].count("round") != 1:
             raise ValueError(
-                "a pipeline is any number of transforms, then any clipping, then one rounder; got "
-                + (" -> ".join(f"{type(s).__name__} ({s.kind})" for s in self) or "no step")
+                "a pipeline is any transforms, then any selections, then any clipping, then one rounder, then any "
+                "tuning; got " + (" -> ".join(f"{type(s).__name__} ({s.kind})" for s in self) or "no step")
             )
+        self._check_honoured()
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self.steps)
+    def _check_honoured(self) -> None:
+        rounder = next(step for step in self if step.kind == "round")
+        honoured = {"clip": rounder.uses_grids, "select": rounder.uses_kept}
+        for step in self:
+            if not honoured.get(step.kind, True):
+                what = {"clip": "grids", "select": "channels to keep"}[step.kind]
+                raise Unsuitable(
+                    f"{type(rounder).__name__} chooses its own {what}",
+                    f"{type(step).__name__} before it would have no effect; leave it out",
+                )
+
+    def __iter__(self) -> Iterator[Algorithm]:
+        return iter(self.steps)  # type: ignore[arg-type]
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
         return any(step.needs_data for step in self)
 
+    @property
+    def needs_float_path(self) -> bool:  # type: ignore[override]
+        return any(step.needs_float_path for step in self)
+
+    @property
+    def runs_model(self) -> bool:  # type: ignore[override]
+        return any(step.runs_model for step in self)
+
     def check(self, scheme: Scheme) -> None:
         for step in self:
             step.check(scheme)
 
-    def process(self, block: Block, scheme: Scheme) -> None:
+    def prepare(self, model: Any, scheme: Scheme, tokens: Tensor | None) -> dict[str, Any] | None:
+        reports = [step.prepare(model, scheme, tokens) for step in self]
+        told = [report for report in reports if report is not None]
+        return {name: value for report in told for name, value in report.items()} if told else None
+
+    def process(self, block: Block) -> None:
         for step in self:
-            step.process(block, scheme)
+            step.process(block)
 
     def identity(self) -> dict[str, Any]:
         return {"name": "Pipeline", "steps": [step.identity() for step in self]}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qbench.algorithms.base import Algorithm, Kind
-from qbench.calib.stream import Block
+from qbench.calib.block import Block
 from qbench.errors import Unsuitable
 from qbench.quant.scheme import Scheme
 
@@ -20,5 +20,5 @@ class FloatingPoint(Algorithm):
         if not scheme.is_float:
             raise Unsuitable("algo=fp quantizes nothing", f"the scheme is {scheme}; use algo=rtn")
 
-    def process(self, block: Block, scheme: Scheme) -> None:
+    def process(self, block: Block) -> None:
         """Nothing to do."""

@@ -4,18 +4,19 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 Transformers", ICLR 2023, arXiv:2210.17323, Algorithm 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from qbench.algorithms.base import Algorithm, Kind
+from qbench.calib.block import Block
 from qbench.calib.observers import Gram
-from qbench.calib.stream import Block
 from qbench.errors import Unsuitable
-from qbench.quant.affine import QParams, choose_qparams, round_to_grid
-from qbench.quant.scheme import QuantSpec, Scheme
+from qbench.quant.grid import QParams, choose_qparams, round_to_grid
+from qbench.quant.scheme import Scheme
+from qbench.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,47 @@ class GPTQ(Algorithm):
 
     def check(self, scheme: Scheme) -> None:
         self._check_weights(scheme)
-        grouped = scheme.weight is not None and scheme.weight.granularity == "group"
-        if grouped and self.act_order and not self.static_groups:
-            raise Unsuitable(
-                "GPTQ with act_order and without static_groups would group columns in their new order",
-                "that needs an index at inference; set algo.static_groups=true or algo.act_order=false",
-            )
+        if self.static_groups:
+            return
+        for spec in scheme.weights:
+            if spec.granularity == "group" and self.act_order:
+                raise Unsuitable(
+                    "GPTQ with act_order and without static_groups would group columns in their new order",
+                    "that needs an index at inference; set algo.static_groups=true or algo.act_order=false",
+                )
+            if spec.granularity == "block" or spec.scale_format == "e4m3" or spec.scale_bits < 16:
+                raise Unsuitable(
+                    "GPTQ without static_groups chooses one group's grid at a time",
+                    f"in {scheme} groups depend on one another; set algo.static_groups=true",
+                )
 
     @torch.no_grad()
-    def process(self, block: Block, scheme: Scheme) -> None:
-        if scheme.weight is None:
-            return
-        links = list(block.family.links)
-        for group in [[link] for link in links] if self.true_sequential else [links]:
-            for link, (gram,) in block.observe(Gram, links=group).items():
+    def process(self, block: Block) -> None:
+        passes = block.sequential(Gram) if self.true_sequential else block.observe(Gram).items()
+        for link, (gram,) in passes:
+            for spec, names in block.alike(link):
                 # Layers with one input have one Hessian: they are rounded as one tall weight.
-                weights = [sink.weight for sink in block.sinks(link)]
-                rounded = self.round(torch.cat(weights).to(gram), gram, scheme.weight)
+                weights = [block.linear(name).weight for name in names]
+                rounded = self.round(
+                    torch.cat(weights).to(gram), gram, spec, block.chosen_grid(names), block.kept_mask(names)
+                )
                 for weight, part in zip(weights, rounded.split([len(w) for w in weights]), strict=True):
                     weight.copy_(part)
 
-    def round(self, w: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:
+    def round(
+        self,
+        w: Tensor,
+        gram: Tensor,
+        spec: QuantSpec,
+        grid: QParams | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
         """Round `w`, `(out, in)`, given the Gram matrix of its input, `(in, in)`.
+
+        Args:
+            grid: Fixed in advance by a clipping step, `(out, n_groups, 1)` each.
+            kept: Mask of the weights that stay in floating point, `(out, in)`. Channels that are kept whole
+                come last, so that they make up for the errors of all others.
 
         Raises:
             torch.linalg.LinAlgError: If the damped Hessian is not positive definite.
@@ -77,29 +97,42 @@ class GPTQ(Algorithm):
         n = w.shape[1]
         size = spec.group_size or n
         dead = gram.diagonal() == 0  # channels that are never active; any weight serves, zero is on the grid
-        w = w.masked_fill(dead, 0.0)
-        scale, zero = (p.expand(len(w), -1, -1).squeeze(-1).clone() for p in choose_qparams(w, spec))
+        w = w.masked_fill(dead if kept is None else dead & ~kept, 0.0)
+        ranged = w if kept is None else w.masked_fill(kept, 0.0)
+        scale, zero = (
+            p.to(w).expand(len(w), -1, -1).squeeze(-1).clone() for p in grid or choose_qparams(ranged, spec)
+        )
+        fixed = self.static_groups or grid is not None
 
-        order = torch.arange(n, device=w.device)
-        if self.act_order:
-            order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-        factor = self._inverse_factor(gram + torch.diag(dead.to(gram)), order).to(w)
+        importance = gram.diagonal() if self.act_order else torch.arange(n, 0, -1).to(gram)
+        if kept is not None:
+            importance = importance.masked_fill(kept.all(0), -1.0)
+        order = torch.argsort(importance, descending=True, stable=True)
+        factor = inverse_factor(gram + torch.diag(dead.to(gram)), order, self.damp).to(w)
 
         # From here on a column of the weight is a row, which lies together in memory.
         wt, scale, zero = w.T[order].contiguous(), scale.T.contiguous(), zero.T.contiguous()
-        group = (order // size).tolist()
-        q = torch.empty_like(wt)
+        keep = None if kept is None else kept.T[order]
+        groups = (order // size).tolist()
+        q, begun = torch.empty_like(wt), set[int]()
         for start in range(0, n, self.block_size):
             stop = min(start + self.block_size, n)
             errors = torch.empty_like(wt[start:stop])
             for j in range(start, stop):
-                g = group[j]
-                if not self.static_groups and j % size == 0:
-                    ahead = wt[j : j + size].clone()
-                    if j + size > stop:  # columns beyond this block still wait for its errors so far
-                        ahead[stop - j :] -= factor[start:j, stop : j + size].T @ errors[: j - start]
+                g = groups[j]
+                if not fixed and g not in begun:
+                    begun.add(g)
+                    columns = j + (order[j:] // size == g).nonzero().flatten()
+                    ahead = wt[columns]
+                    # Columns beyond this block still wait for its errors so far.
+                    waiting = factor[start:j, columns] * (columns >= stop)
+                    ahead -= waiting.T @ errors[: j - start]
+                    if keep is not None:
+                        ahead.masked_fill_(keep[columns], 0.0)
                     scale[g], zero[g] = (p.flatten() for p in self._grid(ahead.T, spec))
                 q[j] = round_to_grid(wt[j], scale[g], zero[g], spec)
+                if keep is not None:
+                    q[j] = torch.where(keep[j], wt[j], q[j])
                 errors[j - start] = (wt[j] - q[j]) / factor[j, j]
                 wt[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
             wt[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
@@ -107,16 +140,23 @@ class GPTQ(Algorithm):
 
     @staticmethod
     def _grid(columns: Tensor, spec: QuantSpec) -> QParams:
-        return choose_qparams(columns, QuantSpec(spec.bits, spec.symmetric))
+        return choose_qparams(columns, replace(spec, granularity="row", group_size=None))
 
-    def _inverse_factor(self, gram: Tensor, order: Tensor) -> Tensor:
-        """Upper Cholesky factor of the damped inverse; row `j` says how column `j`'s error spreads."""
-        gram = gram[order][:, order].double()
-        damped = gram + self.damp * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            raise torch.linalg.LinAlgError(
-                f"GPTQ: the damped Hessian of {len(gram)} inputs is not positive definite (minor {int(failed)}); "
-                f"raise algo.damp above {self.damp}, or calibrate with more tokens"
-            )
-        return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor of the damped inverse, `(in, in)` in float64; row `j` says how column `j`'s error spreads.
+
+    Rows and columns are those of `gram` in `order`; `damp` is a fraction of the diagonal's mean.
+
+    Raises:
+        torch.linalg.LinAlgError: If the damped Hessian is not positive definite.
+    """
+    gram = gram[order][:, order].double()
+    damped = gram + damp * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise torch.linalg.LinAlgError(
+            f"GPTQ: the damped Hessian of {len(gram)} inputs is not positive definite (minor {int(failed)}); "
+            f"raise algo.damp above {damp}, or calibrate with more tokens"
+        )
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from qbench.algorithms.base import Algorithm, Kind
+from qbench.calib.block import Block
 from qbench.calib.observers import AbsMax
-from qbench.calib.stream import Block
 from qbench.errors import Unsuitable
 from qbench.models.surgery import migrate_scale
 from qbench.quant.scheme import Scheme
@@ -37,14 +37,14 @@ class SmoothQuant(Algorithm):
             raise ValueError(f"SmoothQuant's alpha is {self.alpha}, it must be between 0 and 1")
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.activation is None:
+        if not scheme.activations:
             raise Unsuitable(
                 "SmoothQuant needs activation bits",
                 f"the scheme is {scheme}; set e.g. abits=8 or scheme=w8a8",
             )
 
     @torch.no_grad()
-    def process(self, block: Block, scheme: Scheme) -> None:
+    def process(self, block: Block) -> None:
         links = [
             link
             for link in block.family.links

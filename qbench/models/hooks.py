@@ -1,66 +1,70 @@
-"""Fake quantization of what flows: the inputs of linear layers, and the keys and values of attention.
+"""Fake quantization of what enters linear layers; keys and values are in `qbench.models.attention`."""
 
-Keys and values are reached through transformers' attention registry, so that one function serves
-every architecture, and generation through a cache as well: the cache keeps what was computed, and
-attention reads it quantized. Keys arrive after the rotary embedding.
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
-transformers takes seconds to import; it is imported where it is used, so that a command whose jobs are all
-recorded does not wait for it.
-"""
-
-from typing import Any
-from weakref import WeakKeyDictionary
-
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from qbench.quant.affine import QParams, fake_quantize
-from qbench.quant.scheme import QuantSpec
-
-KV_ATTENTION = "qbench_sdpa_kv"
-
-_kv_specs: WeakKeyDictionary[nn.Module, QuantSpec] = WeakKeyDictionary()
+from qbench.quant.grid import QParams, fake_quantize
+from qbench.quant.spec import QuantSpec
 
 
-def quantize_input(linear: nn.Linear, spec: QuantSpec, qparams: QParams | None = None) -> None:
-    """From now on, fake-quantize whatever enters `linear`: on its own grid, or on that of `qparams`."""
+def quantize_input(
+    linear: nn.Linear, spec: QuantSpec, qparams: QParams | None = None, kept: Tensor | None = None
+) -> RemovableHandle:
+    """From now on, fake-quantize whatever enters `linear`: on its own grid, or on that of `qparams`.
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (fake_quantize(args[0], spec, qparams), *args[1:])
+    Hooks run in the order of their registration: what else changes the input comes first.
 
-    linear.register_forward_pre_hook(hook)
-
-
-def quantize_kv(model: Any, spec: QuantSpec) -> None:
-    """From now on, fake-quantize keys and values in every attention of `model`, one grid per token and head.
+    Args:
+        kept: Input channels that stay in floating point, a mask `(in_features,)`: they pass as they are, and have
+            no part in the range (LLM.int8, QUIK). Ranges in `qparams` are the caller's.
 
     Raises:
-        ValueError: If the model runs another attention than `sdpa`, which this one replaces.
+        ValueError: If `kept` has another shape or dtype, or the grid's range need not contain zero.
     """
-    if model.config._attn_implementation != "sdpa":
+    if kept is not None:
+        _check_kept(linear, spec, kept)
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        grid = None if qparams is None else on_device(qparams, x.device)
+        if kept is None:
+            return (fake_quantize(x, spec, grid), *args[1:])
+        mask = kept.to(x.device)
+        # Zero lies in every range, so that a channel of zeros does not widen one.
+        return (torch.where(mask, x, fake_quantize(x.masked_fill(mask, 0), spec, grid)), *args[1:])
+
+    return linear.register_forward_pre_hook(hook)
+
+
+@contextmanager
+def quantized_inputs(inputs: Mapping[nn.Linear, tuple[QuantSpec, Tensor | None]]) -> Iterator[None]:
+    """Fake-quantize what enters some layers while the context lasts; each has its grid and the channels it keeps.
+
+    Raises:
+        ValueError: As `quantize_input` does.
+    """
+    with ExitStack() as stack:
+        for linear, (spec, kept) in inputs.items():
+            stack.callback(quantize_input(linear, spec, kept=kept).remove)
+        yield
+
+
+def on_device(qparams: QParams, device: torch.device) -> QParams:
+    """The same grid beside a tensor on `device`: blocks move, and what is chosen for them does not move along."""
+    return QParams(*(part.to(device) for part in qparams))
+
+
+def _check_kept(linear: nn.Linear, spec: QuantSpec, kept: Tensor) -> None:
+    if kept.shape != (linear.in_features,) or kept.dtype != torch.bool:
         raise ValueError(
-            f"the model runs attention {model.config._attn_implementation!r}, KV quantization needs 'sdpa'; "
-            "set model.attn=sdpa"
+            f"kept is {kept.dtype} of shape {tuple(kept.shape)}; it must be a boolean mask of the layer's "
+            f"{linear.in_features} inputs"
         )
-    _register()
-    model.set_attn_implementation(KV_ATTENTION)
-    for module in model.modules():
-        _kv_specs[module] = spec
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    spec = _kv_specs[module]
-    key, value = fake_quantize(key, spec), fake_quantize(value, spec)
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    # Both are needed: without a mask of its own an unknown attention gets none, and is not causal in a batch.
-    AttentionInterface.register(KV_ATTENTION, _attention)
-    AttentionMaskInterface.register(KV_ATTENTION, sdpa_mask)
+    if not spec.zero_in_range:
+        raise ValueError(
+            "channels are kept out of ranges as zeros, and this grid has zero_in_range unset; set it for activations"
+        )

@@ -5,6 +5,7 @@ where it is used: it takes seconds, for which a command whose jobs are all recor
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 
 from qbench.errors import Unsuitable, first_line
+from qbench.models.attention import check_kv
 from qbench.models.family import family_of
-from qbench.quant.scheme import Scheme
+from qbench.models.outliers import norm_links, plant_outliers
+from qbench.quant.scheme import Scheme, fits
+from qbench.quant.spec import QuantSpec
 from qbench.zoo import WEIGHTS
 
 _SAMPLE = 1 << 20  # bytes read at each of _PLACES places of a weight file
@@ -31,6 +35,8 @@ class ModelRef:
         revision: Hub commit, tag or branch; pin a commit where results must be reproducible.
         dtype: Of weights and arithmetic.
         attn: The attention implementation; results differ visibly between them in half precision.
+        outliers: Make a few channels of every norm's output this many times larger, and the weights that
+            read them smaller, so that the function stays (`qbench.models.outliers`); a power of two is exact.
     """
 
     id: str
@@ -38,8 +44,13 @@ class ModelRef:
     dtype: str = "float32"
     attn: str = "sdpa"
     trust_remote_code: bool = False
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
+        if self.outliers is not None and not 1 < self.outliers < math.inf:
+            raise ValueError(
+                f"model.outliers is {self.outliers}, it must be a factor above 1, for example 64, or null for none"
+            )
         if self.folder is not None:
             self._check_folder(self.folder)
 
@@ -67,14 +78,20 @@ class ModelRef:
 
     @property
     def name(self) -> str:
-        """Short name for tables: the last part of the id."""
+        """Short name for tables: the last part of the id, and what was planted."""
+        return self._base_name + ("" if self.outliers is None else f"+outliers{self.outliers:g}")
+
+    @property
+    def _base_name(self) -> str:
         return self.id.rstrip("/").split("/")[-1]
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes this model's numbers from another's; a folder counts by its content."""
-        id_ = self.id if self.folder is None else self.name
+        id_ = self.id if self.folder is None else self._base_name
+        planted = {} if self.outliers is None else {"outliers": float(self.outliers)}
         return {
             "id": id_, "revision": self.revision, "dtype": self.dtype, "attn": self.attn, "content": self.content,
+            **planted,
         }  # fmt: skip
 
     @cached_property
@@ -117,6 +134,8 @@ class ModelRef:
             attn_implementation=self.attn,
             use_safetensors=True,
         )
+        if self.outliers is not None:
+            plant_outliers(model, self.outliers)
         return model.eval().requires_grad_(False)
 
     def tokenizer(self) -> Any:
@@ -125,7 +144,12 @@ class ModelRef:
         return AutoTokenizer.from_pretrained(**self._source)
 
     def skeleton(self) -> Any:
-        """The model without weights, on the `meta` device: names and shapes only."""
+        """The model without weights, on the `meta` device: names and shapes only.
+
+        Raises:
+            OSError: If there is no such model.
+            NotImplementedError: If `outliers` cannot be planted in it.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
@@ -136,21 +160,39 @@ class ModelRef:
                 "check model.id, log in for a gated model, or give a local folder"
             ) from error
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        if self.outliers is not None:
+            norm_links(model)
+        return model
 
 
 def check_fit(model: Any, scheme: Scheme) -> None:
-    """Refuse a model (a skeleton will do) that is not described, or whose layers the groups do not divide.
+    """Refuse a model (a skeleton will do) that is not described, or that the scheme does not fit.
 
     Raises:
         NotImplementedError: If the architecture is not described.
         Unsuitable: If a group size does not divide an input width; names the layer and the width.
+        ValueError: If an override is for no layer of the model.
     """
     family = family_of(model)
-    size = scheme.weight.group_size if scheme.weight else None
-    for name, linear in model.get_submodule(family.blocks)[0].named_modules():
-        if size and name in family.linears and linear.in_features % size:
-            raise Unsuitable(
-                f"group_size={size} does not divide the {linear.in_features} inputs of {name}",
-                f"choose a divisor of {linear.in_features}, or group_size=-1 for one group per row",
+    blocks = model.get_submodule(family.blocks)
+    for pattern, _ in scheme.overrides:
+        if not any(fits(pattern, index, name) for index in range(len(blocks)) for name in family.linears):
+            raise ValueError(
+                f"scheme.overrides: {pattern!r} fits no layer; layers are called 0.{family.linears[0]} to "
+                f"{len(blocks) - 1}.{family.linears[-1]}"
             )
+    check_kv(model, scheme.kv, scheme.bmm)
+    for index in range(len(blocks) if scheme.overrides else 1):
+        for name in family.linears:
+            layer, width = scheme.layer(index, name), blocks[index].get_submodule(name).in_features
+            _check_groups("group_size", layer.weight, name, width)
+            _check_groups("act_group_size", layer.activation, name, width)
+
+
+def _check_groups(key: str, spec: QuantSpec | None, name: str, width: int) -> None:
+    if spec is not None and spec.group_size and width % spec.group_size:
+        raise Unsuitable(
+            f"{key}={spec.group_size} does not divide the {width} inputs of {name}",
+            f"choose a divisor of {width}, or {'group_size=-1 for one group per row' if key == 'group_size' else 'none'}",
+        )

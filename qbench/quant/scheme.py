@@ -1,77 +1,81 @@
-"""What to quantize, and onto which grid. No torch here: the planner reads schemes by the thousand."""
+"""What to quantize, and onto which grids. No torch here: the planner reads schemes by the thousand."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Literal
 
 from qbench.errors import Unsuitable
+from qbench.quant.spec import (
+    FORMAT_BITS,
+    Format,
+    Granularity,
+    QuantSpec,
+    RangeChoice,
+    ScaleFormat,
+    SymmetricMode,
+)
 
-Granularity = Literal["tensor", "row", "group"]
+Layout = Literal["token", "kivi", "tensor"]
 
-SCALE_BITS = 16  # a stored scale is float16, as every deployed format has it
+# Formats that also say what shares a scale, and how it is stored: format, scale format, group size (OCP Microscaling
+# Formats 1.0; NVFP4: NVIDIA's cuDNN and TensorRT documentation).
+BLOCK_FORMATS: dict[str, tuple[Format, ScaleFormat, int]] = {
+    "mxfp8": ("e4m3", "e8m0", 32),
+    "mxfp8_e5m2": ("e5m2", "e8m0", 32),
+    "mxfp6": ("e2m3", "e8m0", 32),
+    "mxfp6_e3m2": ("e3m2", "e8m0", 32),
+    "mxfp4": ("e2m1", "e8m0", 32),
+    "nvfp4": ("e2m1", "e4m3", 16),
+}
 
 
 @dataclass(frozen=True)
-class QuantSpec:
-    """The integer grid of one tensor.
+class KVSpec:
+    """The grids of keys (after the rotary embedding) and values.
 
     Attributes:
-        bits: Width of a code, 2 to 8.
-        symmetric: Whether the zero-point is fixed at zero.
-        granularity: What shares one scale: the whole `"tensor"`; one `"row"`, i.e. all elements along
-            the last axis (per-channel for a weight, per-token for an activation); or a `"group"` of
-            `group_size` neighbours along the last axis.
-        group_size: Elements per group; set exactly when `granularity` is `"group"`.
-
-    Raises:
-        ValueError: If the fields contradict each other or the width is not supported.
+        key_by_channel: Whether a key's scale is shared by `group_size` tokens of one channel (KIVI), not by the
+            channels of one token and head.
+        residual: The last tokens that are kept in floating point, at each step of decoding.
+        rotate: Multiply queries and keys by a Hadamard matrix before, which leaves their products unchanged (QuaRot).
     """
 
-    bits: int
-    symmetric: bool = False
-    granularity: Granularity = "row"
-    group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise Unsuitable(
-                f"integer grids have 2 to 8 bits, {self.bits} were asked for",
-                "use 16 to leave a tensor in floating point",
-            )
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError(
-                "group_size must be set exactly when granularity is 'group', got "
-                f"granularity={self.granularity!r} and group_size={self.group_size}"
-            )
+    key: QuantSpec
+    value: QuantSpec
+    key_by_channel: bool = False
+    residual: int = 0
+    rotate: bool = False
 
     @property
-    def qmin(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+    def bits(self) -> int:
+        return self.value.bits
 
     @property
-    def qmax(self) -> int:
-        return self.qmin + 2**self.bits - 1
-
-    def bits_per_element(self, rows: int, columns: int) -> float:
-        """Stored bits per element of a `(rows, columns)` tensor: codes, float16 scales and zero-points."""
-        groups = {"tensor": 1, "row": rows, "group": rows * columns // (self.group_size or 1)}[
-            self.granularity
-        ]
-        per_group = SCALE_BITS + (0 if self.symmetric else self.bits)
-        return self.bits + groups * per_group / (rows * columns)
+    def dynamic(self) -> bool:
+        return self.key.dynamic
 
 
 @dataclass(frozen=True)
 class Scheme:
     """The grids of a model's linear layers and of its KV cache; `None` leaves one in floating point.
 
-    The printed form is the field's shorthand with what departs from its defaults behind it:
-    `w4a16g128`, `w8a8-wsym`, `w4a16kv4`.
+    The printed form is the field's shorthand with what departs from its defaults behind it: `w4a16g128`,
+    `w8a8-wsym`, `w4a16kv4`. Two schemes that differ print differently.
+
+    Attributes:
+        bmm: The grid of queries, and of keys and values where `kv` has none, in attention's products (OmniQuant's
+            W6A6 and W4A4); attention's weights stay in floating point.
+        overrides: What single layers have in place of `weight` and `activation`, by pattern; the last that fits counts.
     """
 
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
-    kv: QuantSpec | None = None
+    kv: KVSpec | None = None
+    bmm: QuantSpec | None = None
+    overrides: tuple[tuple[str, "Scheme"], ...] = ()
 
     @classmethod
     def of(
@@ -82,25 +86,60 @@ class Scheme:
         group_size: int | None = None,
         *,
         weight_symmetric: bool = False,
+        weight_format: str = "int",
+        weight_granularity: Literal["auto", "tensor", "block"] = "auto",
+        symmetric_mode: SymmetricMode = "full",
+        real_zero: bool = False,
+        zero_in_range: bool = True,
+        scale_bits: int = 16,
+        scale_group: int = 16,
         act_symmetric: bool = True,
-        act_granularity: Literal["token", "tensor"] = "token",
+        act_format: str = "int",
+        act_granularity: Literal["token", "group", "tensor"] = "token",
+        act_group_size: int | None = None,
+        act_range: RangeChoice = "minmax",
+        kv_layout: Layout = "token",
+        kv_group_size: int | None = None,
+        kv_symmetric: bool = False,
+        kv_residual: int | None = None,
+        kv_rotate: bool = False,
+        quant_bmm: bool = False,
+        overrides: Mapping[str, str] | None = None,
     ) -> "Scheme":
         """Build a scheme from the keys of the command line; 16 bits mean floating point.
 
-        Keys and values are asymmetric, one grid per token and head.
+        Raises:
+            ValueError, Unsuitable: If a value is out of range, or values contradict each other.
         """
         group = None if group_size == -1 else group_size
         if group is not None and group < 1:
             raise ValueError(
                 f"group_size is {group}, it must be positive; -1 means one group per output channel"
             )
-        return cls(
-            None if wbits == 16 else QuantSpec(wbits, weight_symmetric, "group" if group else "row", group),
-            None
-            if abits == 16
-            else QuantSpec(abits, act_symmetric, "row" if act_granularity == "token" else "tensor"),
-            None if kvbits == 16 else QuantSpec(kvbits),
-        )
+        weight = activation = kv = None
+        if wbits != 16:
+            granularity: Granularity = "group" if group else "row"
+            if weight_granularity != "auto":
+                granularity = weight_granularity
+            size = group if granularity != "tensor" else None
+            weight = _spec(
+                wbits, weight_format, weight_symmetric, granularity, size,
+                symmetric_mode=symmetric_mode if weight_symmetric else "full",
+                real_zero=real_zero and not weight_symmetric, zero_in_range=zero_in_range or weight_symmetric,
+                scale_bits=scale_bits, scale_group=scale_group if scale_bits < 16 else 16,
+            )  # fmt: skip
+        if abits != 16:
+            activation = _activation(
+                abits, act_format, act_symmetric, act_granularity, act_group_size, act_range
+            )
+        if kvbits != 16:
+            kv = _kv(kvbits, kv_layout, kv_group_size, kv_symmetric, kv_residual, kv_rotate)
+        if quant_bmm and (activation is None or not activation.dynamic):
+            raise Unsuitable(
+                "quant_bmm needs dynamic activation bits", "set abits, and act_granularity=token"
+            )
+        base = cls(weight, activation, kv, activation if quant_bmm else None)
+        return replace(base, overrides=tuple((p, base._changed(t)) for p, t in (overrides or {}).items()))
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
@@ -108,22 +147,183 @@ class Scheme:
 
         Weights are asymmetric per channel or per group, activations symmetric per token.
         """
-        match = re.fullmatch(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?", text)
-        if match is None:
-            raise ValueError(f"cannot read scheme {text!r}; expected e.g. 'w4a16', 'w4a16g128' or 'w4a8kv4'")
-        wbits, abits, kvbits, group = (int(g) if g else None for g in match.groups())
+        wbits, abits, kvbits, group = _read(text)
         return cls.of(wbits or 16, abits or 16, kvbits or 16, group)
+
+    def _changed(self, text: str) -> "Scheme":
+        """This scheme with the bits and the group size of a shorthand, for some layers."""
+        wbits, abits, kvbits, group = _read(str(text))
+        if kvbits:
+            raise ValueError(f"scheme.overrides are for linear layers, {text!r} names KV bits")
+        weight = _with_bits(self.weight, QuantSpec(wbits), group) if wbits and wbits != 16 else None
+        act = _with_bits(self.activation, QuantSpec(abits, True), None) if abits and abits != 16 else None
+        return Scheme(weight, act)
+
+    def layer(self, block: int, name: str) -> "Scheme":
+        """The scheme of one linear layer: `overrides` applied. Its `weight` and `activation` are to be read."""
+        found = self
+        for pattern, scheme in self.overrides:
+            if fits(pattern, block, name):
+                found = scheme
+        return found
 
     @property
     def is_float(self) -> bool:
-        return self.weight is None and self.activation is None and self.kv is None
+        parts = (self, *(scheme for _, scheme in self.overrides))
+        return self.kv is None and self.bmm is None and all(not p.weight and not p.activation for p in parts)
+
+    @property
+    def weights(self) -> list[QuantSpec]:
+        """All weight grids that occur."""
+        parts = (self, *(scheme for _, scheme in self.overrides))
+        return [part.weight for part in parts if part.weight is not None]
+
+    @property
+    def activations(self) -> list[QuantSpec]:
+        """All activation grids that occur."""
+        parts = (self, *(scheme for _, scheme in self.overrides))
+        return [part.activation for part in parts if part.activation is not None]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether some range comes from calibration data."""
+        return any(not spec.dynamic for spec in self.activations) or bool(self.kv and not self.kv.dynamic)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         w, a, kv = self.weight, self.activation, self.kv
         text = f"w{w.bits if w else 16}a{a.bits if a else 16}"
         text += f"kv{kv.bits}" if kv else ""
         text += f"g{w.group_size}" if w and w.group_size else ""
-        text += "-wsym" if w and w.symmetric else ""
-        text += "-atensor" if a and a.granularity == "tensor" else ""
-        text += "-aasym" if a and not a.symmetric else ""
-        return text
+        if w:
+            text += _departures(
+                "w",
+                w,
+                QuantSpec(w.bits, granularity="group" if w.group_size else "row", group_size=w.group_size),
+            )
+        if a:
+            text += _departures("a", a, QuantSpec(a.bits, symmetric=True))
+        if kv:
+            text += "-kivi" if kv.key_by_channel else ""
+            text += _departures("kv", kv.value, QuantSpec(kv.bits))
+            text += _departures("k", kv.key, replace(kv.value)) if kv.key != kv.value else ""
+            text += f"-kvres{kv.residual}" if kv.residual else ""
+            text += "-kvrot" if kv.rotate else ""
+        text += "-bmm" if self.bmm else ""
+        return text + "".join(f"-[{pattern}:{scheme}]" for pattern, scheme in self.overrides)
+
+
+def fits(pattern: str, block: int, name: str) -> bool:
+    """Whether a pattern names a layer: `down_proj`, `mlp.*`, `3.mlp.down_proj`, `0.*`."""
+    full = f"{block}.{name}"
+    parts = full.split(".")
+    return any(fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
+
+
+def _read(text: str) -> tuple[int | None, int | None, int | None, int | None]:
+    match = re.fullmatch(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?", text)
+    if match is None:
+        raise ValueError(f"cannot read scheme {text!r}; expected e.g. 'w4a16', 'w4a16g128' or 'w4a8kv4'")
+    wbits, abits, kvbits, group = (int(g) if g else None for g in match.groups())
+    return wbits, abits, kvbits, group
+
+
+def _with_bits(base: QuantSpec | None, default: QuantSpec, group: int | None) -> QuantSpec:
+    """`base` with the bits of `default`; a format that has other bits gives way to integers."""
+    spec = base or default
+    if spec.format != "int" and FORMAT_BITS[spec.format] != default.bits:
+        spec = replace(spec, format="int", scale_format="float16")
+    spec = replace(spec, bits=default.bits)
+    return replace(spec, granularity="group", group_size=group) if group else spec
+
+
+def _spec(
+    bits: int, name: str, symmetric: bool, granularity: Granularity, size: int | None, **more: Any
+) -> QuantSpec:
+    """A grid by the name of its format; block formats bring their own groups."""
+    if name == "int":
+        return QuantSpec(bits, symmetric, granularity, size, **more)
+    more |= {"symmetric_mode": "full", "real_zero": False, "zero_in_range": True}
+    if name in BLOCK_FORMATS:
+        format_, scale_format, own = BLOCK_FORMATS[name]
+        if size not in (None, own):
+            raise Unsuitable(f"{name} has groups of {own}", f"group_size is {size}; set {own}, or -1")
+        return QuantSpec(bits, True, "group", own, format_, scale_format, **more)
+    if name not in FORMAT_BITS:
+        raise ValueError(f"unknown format {name!r}; known: int, {', '.join((*FORMAT_BITS, *BLOCK_FORMATS))}")
+    return QuantSpec(bits, True, granularity, size, name, **more)
+
+
+def _activation(
+    bits: int, name: str, symmetric: bool, granularity: str, size: int | None, range_: RangeChoice
+) -> QuantSpec:
+    shared: Granularity = {"token": "row", "group": "group", "tensor": "tensor"}[granularity]  # type: ignore[assignment]
+    static = granularity == "tensor"
+    if (shared == "group") != (size is not None):
+        raise ValueError(
+            f"act_granularity is {granularity} and act_group_size is {size}; set both, or neither"
+        )
+    if range_ != "minmax" and not static:
+        raise Unsuitable(f"act_range={range_} is for static ranges", "set act_granularity=tensor")
+    more: dict[str, Any] = {"dynamic": not static, "range": range_}
+    if name in BLOCK_FORMATS and static:
+        raise Unsuitable(f"{name} activations have one scale a group", "set act_granularity=token")
+    return _spec(
+        bits, name, symmetric, shared, size, outer_row=BLOCK_FORMATS.get(name, "")[1:2] == ("e4m3",), **more
+    )
+
+
+def _kv(
+    bits: int, layout: Layout, size: int | None, symmetric: bool, residual: int | None, rotate: bool
+) -> KVSpec:
+    if layout == "kivi":  # arXiv:2402.02750: groups of 32, the last 128 tokens in full precision
+        spec = QuantSpec(bits, symmetric, "group", size or 32)
+        return KVSpec(
+            spec, spec, key_by_channel=True, residual=128 if residual is None else residual, rotate=rotate
+        )
+    if layout == "tensor":
+        if residual or size:
+            raise Unsuitable(
+                "a static KV range has neither groups nor a residual window", "set kv_layout=token"
+            )
+        spec = QuantSpec(bits, symmetric, "tensor", dynamic=False)
+    else:
+        spec = QuantSpec(bits, symmetric, "group" if size else "row", size)
+    return KVSpec(spec, spec, residual=residual or 0, rotate=rotate)
+
+
+def _departures(prefix: str, spec: QuantSpec, default: QuantSpec) -> str:
+    """How a grid differs from what the shorthand says of it already."""
+    words, said = [], {"bits", "format"}
+    block = next(
+        (n for n, o in BLOCK_FORMATS.items() if o == (spec.format, spec.scale_format, spec.group_size)), None
+    )
+    if block:
+        words.append(block)
+        said |= {"symmetric", "granularity", "group_size", "scale_format", "outer_row"}
+    elif spec.format != default.format:
+        words.append(spec.format)
+        said |= {"symmetric"}
+    if spec.granularity == "tensor" and not spec.dynamic:
+        words.append("tensor")
+        said |= {"granularity", "dynamic"}
+    for field in fields(QuantSpec):
+        value = getattr(spec, field.name)
+        if field.name not in said and value not in (getattr(default, field.name), "group"):
+            words.append(
+                _WORDS[field.name][value] if field.name in _WORDS else f"{_SHORT.get(field.name, '')}{value}"
+            )
+    return "".join(f"-{prefix}{word}" for word in words)
+
+
+_WORDS = {
+    "symmetric": ("asym", "sym"),
+    "outer_row": ("", "rowscale"),
+    "real_zero": ("", "realzero"),
+    "zero_in_range": ("nozero", ""),
+    "dynamic": ("static", "dynamic"),
+}
+_SHORT = {"group_size": "g", "scale_bits": "scale", "scale_group": "by"}

@@ -127,7 +127,8 @@ class Composer:
     def _read(self, text: str) -> _Setting:
         override = self._parser.parse_override(text)
         head, *rest = str(override.key_or_group).split("@")[0].split(".")
-        section = head if head in self._names else ""
+        # A choice of `scheme` sets the plain top-level keys; what is below `scheme` is a section like any other.
+        section = head if head in self._names and (rest or head != "scheme") else ""
         path = (*rest,) if section else (head, *rest)
         is_plain = not (override.is_add() or override.is_delete()) and (rest or head not in self._groups)
         value = override.value() if is_plain else None

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from qbench.algorithms.base import Algorithm
 from qbench.algorithms.fp import FloatingPoint
@@ -19,6 +20,7 @@ from qbench.evaluate.plan import EvalPlan
 from qbench.job import Job
 from qbench.models.load import ModelRef
 from qbench.quant.scheme import Scheme
+from qbench.sweep.steps import in_full, title
 
 
 class _Strict(BaseModel):
@@ -31,6 +33,7 @@ class ModelSettings(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+    outliers: float | None = None
 
 
 class CalibSettings(_Strict):
@@ -49,6 +52,12 @@ class EvalSettings(_Strict):
     limit: int | None = None
     batch_size: int = 4
     task_batch_size: int = 32
+
+
+class SchemeSettings(_Strict):
+    """What single layers have in place of the scheme: bits (and a group size) by pattern, `{down_proj: w8a8}`."""
+
+    overrides: dict[str, str] | None = None
 
 
 class DataSettings(_Strict):
@@ -123,8 +132,24 @@ class Plain(_Strict):
     kvbits: int
     group_size: int | None
     weight_symmetric: bool
+    weight_format: str
+    weight_granularity: Literal["auto", "tensor", "block"]
+    symmetric_mode: Literal["full", "restricted", "gptq"]
+    real_zero: bool
+    zero_in_range: bool
+    scale_bits: int
+    scale_group: PositiveInt
     act_symmetric: bool
-    act_granularity: Literal["token", "tensor"]
+    act_format: str
+    act_granularity: Literal["token", "group", "tensor"]
+    act_group_size: PositiveInt | None
+    act_range: Literal["minmax", "average", "percentile", "mse"]
+    kv_layout: Literal["token", "kivi", "tensor"]
+    kv_group_size: PositiveInt | None
+    kv_symmetric: bool
+    kv_residual: NonNegativeInt | None
+    kv_rotate: bool
+    quant_bmm: bool
     seed: int
     device: str
     results: Path
@@ -132,19 +157,24 @@ class Plain(_Strict):
     baseline: bool
     plan: bool
 
-    @cached_property
-    def scheme(self) -> Scheme:
-        return Scheme.of(
-            self.wbits, self.abits, self.kvbits, self.group_size,
-            weight_symmetric=self.weight_symmetric, act_symmetric=self.act_symmetric,
-            act_granularity=self.act_granularity,
-        )  # fmt: skip
+
+_SCHEME_KEYS = [name for name in signature(Scheme.of).parameters if name in Plain.model_fields]
+
+
+def _scheme(asked: Plain, layers: "SchemeSettings") -> Scheme:
+    """The scheme that the keys describe together.
+
+    Raises:
+        Unsuitable, ValueError: If they contradict each other.
+    """
+    return Scheme.of(**{name: getattr(asked, name) for name in _SCHEME_KEYS}, overrides=layers.overrides)
 
 
 class Settings(Plain):
     """Every key of `conf/config.yaml`."""
 
     algo: dict[str, Any]
+    scheme: SchemeSettings  # type: ignore[assignment]
     model: ModelSettings
     calib: CalibSettings
     eval: EvalSettings
@@ -160,6 +190,7 @@ class Jobs:
 
     _parts: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
     _plain: dict[tuple[Any, ...], Plain] = field(default_factory=dict)
+    _schemes: dict[Plain, Scheme] = field(default_factory=dict)
 
     def settings(self, config: dict[str, Any]) -> Settings:
         """Check a composed config.
@@ -182,18 +213,19 @@ class Jobs:
         model, calib, evaluation, data = (
             self._section(name, config) for name in ("model", "calib", "eval", "data")
         )
-        algorithm = self._once("algorithm", config["algo"], partial(build_algorithm, asked.algo_name))
+        name = title(asked.algo_name, config["algo"])
+        algorithm = self._once("algorithm", config["algo"], partial(build_algorithm, name))
         is_float = isinstance(algorithm, FloatingPoint)
-        scheme = Scheme() if is_float else asked.scheme
+        scheme = Scheme() if is_float else self._scheme(asked, config["scheme"])
         if scheme.is_float and not is_float:
             raise Unsuitable(
-                f"algo={asked.algo_name} has nothing to quantize at w16a16", "set wbits, abits or kvbits"
+                f"algo={name} has nothing to quantize at w16a16", "set wbits, abits or kvbits"
             )
         tokens = None
         if needs_data(algorithm, scheme):
             tokens = self._once(f"seed {asked.seed}", calib, partial(_calibration, seed=asked.seed))
         return Job(
-            self._once(asked.device, model, partial(_model, device=asked.device)), asked.algo_name, algorithm, scheme,
+            self._once(asked.device, model, partial(_model, device=asked.device)), name, algorithm, scheme,
             tokens, self._once("evaluation", evaluation, _evaluation), asked.device, data.root, config,
         )  # fmt: skip
 
@@ -212,6 +244,14 @@ class Jobs:
             Plain, "", {k: v for k, v in config.items() if k in Plain.model_fields}
         )
         return found
+
+    def _scheme(self, asked: Plain, section: Any) -> Scheme:
+        layers = self._section("scheme", {"scheme": section})
+        if layers.overrides:
+            return _scheme(asked, layers)
+        if asked not in self._schemes:
+            self._schemes[asked] = _scheme(asked, layers)
+        return self._schemes[asked]
 
     def _section(self, name: str, config: dict[str, Any]) -> Any:
         return self._once(name, config[name], _SECTIONS[name])
@@ -247,6 +287,7 @@ _SECTIONS: dict[str, Callable[[Any], _Strict]] = {
     name: partial(_read, kind, name)
     for name, kind in (
         ("model", ModelSettings), ("calib", CalibSettings), ("eval", EvalSettings), ("data", DataSettings),
+        ("scheme", SchemeSettings),
         ("tracker", TrackerSettings), ("launcher", LauncherSettings), ("job", JobSettings),
     )
 }  # fmt: skip
@@ -274,11 +315,13 @@ def build_algorithm(name: str, config: dict[str, Any]) -> Algorithm:
         ValueError: If a hyperparameter is unknown or refused.
     """
     try:
-        return instantiate(config, _convert_="all")
+        return instantiate(in_full(config), _convert_="all")
     except InstantiationException as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, Unsuitable):
+            raise cause from error
         kind = (
             "a hyperparameter has a value of the wrong type: "
             if "not supported between" in str(cause)

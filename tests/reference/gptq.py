@@ -17,25 +17,37 @@ def snap(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def gptq(
-    w: Tensor, x: Tensor, bits: int, size: int, damp: float, act_order: bool, static_groups: bool
+    w: Tensor,
+    x: Tensor,
+    bits: int,
+    size: int,
+    damp: float,
+    act_order: bool,
+    static_groups: bool,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """Round `w`, `(out, in)`, on inputs `x`, `(tokens, in)`, in float64, column by column."""
+    """Round `w`, `(out, in)`, on inputs `x`, `(tokens, in)`, in float64, column by column.
+
+    What is `kept` is not rounded and has no part in any range; columns that are kept whole come last.
+    """
     n = w.shape[1]
+    kept = torch.zeros_like(w, dtype=torch.bool) if kept is None else kept
     hessian = 2 * x.T @ x / len(x)
     hessian += damp * hessian.diagonal().mean() * torch.eye(n, dtype=x.dtype)
     order = list(range(n))
     if act_order:
         order.sort(key=lambda j: -float(hessian[j, j]))
+    order.sort(key=lambda j: bool(kept[:, j].all()))
     w, q = w.clone(), torch.zeros_like(w)
-    scale, zero = grid(w, bits, size)
+    scale, zero = grid(w.masked_fill(kept, 0), bits, size)
+    begun = set()
     for i, j in enumerate(order):
-        left = order[i:]
-        if not static_groups and j % size == 0:
-            scale, zero = (
-                torch.cat((old[:, : j // size], new), 1)
-                for old, new in zip((scale, zero), grid(w[:, j:], bits, size), strict=True)
-            )
-        q[:, j] = snap(w[:, j], scale[:, j // size], zero[:, j // size], bits)
+        left, g = order[i:], j // size
+        if not static_groups and g not in begun:
+            begun.add(g)
+            own = w[:, g * size : (g + 1) * size].masked_fill(kept[:, g * size : (g + 1) * size], 0)
+            scale[:, g], zero[:, g] = (p[:, 0] for p in grid(own, bits, size))
+        q[:, j] = torch.where(kept[:, j], w[:, j], snap(w[:, j], scale[:, g], zero[:, g], bits))
         inverse = torch.linalg.inv(hessian[left][:, left])
         # Equation 2: spread the error of this column over those that are left.
         w[:, left] -= torch.outer((w[:, j] - q[:, j]) / inverse[0, 0], inverse[0])

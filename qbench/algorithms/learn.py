@@ -1,0 +1,103 @@
+"""Gradient descent on one block: what learned methods share."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.calib.block import Block
+from qbench.calib.stream import Stream
+from qbench.quant.grid import wide
+
+Weights = Callable[[], dict[str, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def squared_error(y: Tensor, target: Tensor) -> Tensor:
+    return (wide(y) - wide(target)).square().mean()
+
+
+def steps_of(epochs: int, inputs: Stream, batch_size: int) -> int:
+    """How many steps of the optimizer show it every sample `epochs` times."""
+    return epochs * math.ceil(len(inputs.hidden) / batch_size)
+
+
+def fit(
+    block: Block,
+    name: str,
+    weights: Weights,
+    optimizer: torch.optim.Optimizer,
+    *,
+    inputs: Stream,
+    targets: Stream,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    loss: Loss = squared_error,
+    schedule: Callable[[int], float] = lambda step: 1.0,
+) -> tuple[float, float]:
+    """Train what `weights` depends on until the block's output on `inputs` is near `targets`.
+
+    The block runs with `weights()` in place of its own parameters, and with its inputs quantized as the scheme has
+    it; nothing of the block is changed.
+
+    Args:
+        name: Of the method, for messages and for the report.
+        weights: Makes the block's parameters, by name, from what is trained.
+        steps: Of the optimizer, on `batch_size` samples each; every sample is met once before any is met again.
+        schedule: Factor of the learning rates at a step.
+
+    Returns:
+        The mean loss over all samples before and after; it is also in the block's report.
+
+    Raises:
+        FloatingPointError: If the loss is not finite, or has grown; names the block.
+    """
+    generator = torch.Generator().manual_seed(seed + block.index)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    queue: list[Tensor] = []
+    with block.quantized_activations():
+        before = _mean_loss(block, weights, inputs, targets, loss)
+        for step in range(steps if before else 0):
+            if not queue:
+                queue = list(torch.randperm(len(inputs.hidden), generator=generator).split(batch_size))
+            batch = queue.pop()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step)
+            with torch.enable_grad():
+                optimizer.zero_grad(set_to_none=True)
+                now = loss(block.run(inputs.hidden[batch], weights()), targets.hidden[batch].to(block.device))
+                # Adam's epsilon is absolute, and half precision has a least number: losses count from their start.
+                (now / before).backward()  # type: ignore[no-untyped-call]
+            if not math.isfinite(float(now)):
+                raise FloatingPointError(
+                    f"block {block.index}: {name} met a loss of {float(now)} in step {step + 1} of {steps}; "
+                    "lower its learning rate"
+                )
+            optimizer.step()
+        after = _mean_loss(block, weights, inputs, targets, loss)
+    block.report[f"{name}_loss"] = [before, after]
+    if not after <= before:
+        raise FloatingPointError(
+            f"block {block.index}: {name} diverged, its loss grew from {before:.4g} to {after:.4g} in {steps} steps; "
+            "lower its learning rate, or give it more steps"
+        )
+    return before, after
+
+
+@torch.no_grad()
+def _mean_loss(block: Block, weights: Weights, inputs: Stream, targets: Stream, loss: Loss) -> float:
+    made, total = weights(), 0.0
+    for x, target in zip(inputs.batches(), targets.batches(), strict=True):
+        total += float(loss(block.run(x, made), target.to(block.device))) * len(x)
+    return total / len(inputs.hidden)
+
+
+def adam(*groups: tuple[list[Tensor], float], decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW over groups of (tensors, learning rate); tensors become trainable."""
+    parts: list[dict[str, Any]] = [
+        {"params": [t.requires_grad_() for t in tensors], "lr": rate} for tensors, rate in groups if tensors
+    ]
+    return torch.optim.AdamW(parts, weight_decay=decay)
