@@ -116,15 +116,19 @@ def _config(arguments: list[str]) -> dict[str, Any]:
 
 
 def _tables(arguments: list[str]) -> int:
-    """`qbench tables [results=…]`: the tables of all records, shown and written."""
-    results = Path(_config(arguments)["results"])
+    """`qbench tables [results=…] [against=<algo>]`: the tables of all records, or paired differences, shown and written."""
+    against = next((a.partition("=")[2] for a in arguments if a.startswith("against=")), None)
+    results = Path(_config([a for a in arguments if not a.startswith("against=")])["results"])
     from rich.console import Console
 
     from qbench.report.frame import tidy
     from qbench.report.tables import show, write
     from qbench.track.records import RecordStore
 
-    frame = tidy(RecordStore(results).all())
+    store = RecordStore(results)
+    if against:
+        return _paired(store, against, results / "tables")
+    frame = tidy(store.all())
     if frame.empty:
         raise UsageError(
             f"no records under '{results / 'records'}'; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
@@ -133,6 +137,22 @@ def _tables(arguments: list[str]) -> int:
     show(frame, console)
     paths = write(frame, results / "tables")
     console.print(f"\n{len(paths)} files in {results / 'tables'} (CSV, Markdown, LaTeX)", highlight=False)
+    return 0
+
+
+def _paired(store: Any, against: str, folder: Path) -> int:
+    from rich.console import Console
+
+    from qbench.report.paired import compare, show, write
+
+    try:
+        frame = compare(list(store.all()), store.samples, against)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    show(frame, against, console)
+    paths = write(frame, against, folder)
+    console.print(f"\n{len(paths)} files in {folder} (CSV, Markdown, LaTeX)", highlight=False)
     return 0
 
 

@@ -104,9 +104,15 @@ def by_metric(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the summary and one table per metric, each as CSV, Markdown and LaTeX."""
-    folder.mkdir(parents=True, exist_ok=True)
     tables = {"summary": summary(frame)}
-    tables |= {_file_name(metric): by_metric(frame, metric) for metric in quality_metrics(frame)}
+    return save(
+        tables | {file_name(metric): by_metric(frame, metric) for metric in quality_metrics(frame)}, folder
+    )
+
+
+def save(tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
+    """Write tables by name, each as CSV, Markdown and LaTeX."""
+    folder.mkdir(parents=True, exist_ok=True)
     writers: dict[str, Callable[[pd.DataFrame], str]] = {
         "csv": lambda t: t.to_csv(index=False),
         "md": lambda t: t.to_markdown(index=False, disable_numparse=True) + "\n",
@@ -121,7 +127,7 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
     return paths
 
 
-def _file_name(metric: str) -> str:
+def file_name(metric: str) -> str:
     """`ppl/docs [512 x 32]` -> `ppl-docs-512x32`."""
     return "".join(c for c in metric.replace("/", "-").replace(" [", "-") if c not in " []")
 
@@ -138,34 +144,36 @@ def show(frame: pd.DataFrame, console: Console) -> None:
     table = summary(frame)
     hidden = [title for title in COSTS.values() if title not in _SHOWN]
     for model, part in table.groupby("model", sort=False) if not table.empty else ():
-        shown = part.drop(columns=["model", *(c for c in hidden if c in part)])
-        grid = Table(
-            title=str(model),
-            title_justify="left",
-            title_style="bold",
-            box=None,
-            padding=(0, 1, 0, 0),
-            header_style="bold",
-        )
-        for column in shown.columns:
-            is_label = column in ("scheme", "algo", "setting")
-            may_fold = column == "setting"
-            title = Text(str(column).replace("/", "\n", 1))
-            grid.add_column(
-                title,
-                justify="left" if is_label else "right",
-                vertical="top",
-                overflow="fold",
-                no_wrap=not may_fold,
-            )
-        for row in shown.itertuples(index=False):
-            cells = ["failed" if str(value).startswith("failed: ") else str(value) for value in row]
-            grid.add_row(*(Text(cell) for cell in cells))
-        # Wider than the terminal if it must be: a line that wraps is ugly, a number cut short is wrong.
-        width = console.measure(grid, options=console.options.update(max_width=1000)).maximum
-        wide = Console(file=console.file, width=max(width, console.width), force_terminal=console.is_terminal)
-        wide.print(grid)
+        print_table(part.drop(columns=["model", *(c for c in hidden if c in part)]), str(model), console)
     _show_failures(frame, console)
+
+
+def print_table(table: pd.DataFrame, title: str, console: Console) -> None:
+    """A table under its title; wider than the terminal if it must be."""
+    grid = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    for column in table.columns:
+        is_label = column in ("model", "scheme", "algo", "setting")
+        grid.add_column(
+            Text(str(column).replace("/", "\n", 1)),
+            justify="left" if is_label else "right",
+            vertical="top",
+            overflow="fold",
+            no_wrap=column != "setting",
+        )
+    for row in table.itertuples(index=False):
+        cells = ["failed" if str(value).startswith("failed: ") else str(value) for value in row]
+        grid.add_row(*(Text(cell) for cell in cells))
+    # A line that wraps is ugly, a number cut short is wrong.
+    width = console.measure(grid, options=console.options.update(max_width=1000)).maximum
+    wide = Console(file=console.file, width=max(width, console.width), force_terminal=console.is_terminal)
+    wide.print(grid)
 
 
 def _show_failures(frame: pd.DataFrame, console: Console) -> None:

@@ -68,6 +68,13 @@ class RecordStore:
         path = self.path(fingerprint) / "record.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def samples(self, fingerprint: str) -> list[dict[str, Any]]:
+        """The values behind a record's metrics: `metric`, `item`, `value`."""
+        import pyarrow.parquet as pq
+
+        path = self.path(fingerprint) / "samples.parquet"
+        return pq.read_table(path).to_pylist() if path.is_file() else []
+
     def is_done(self, fingerprint: str) -> bool:
         record = self.read(fingerprint)
         return record is not None and record["status"] == "done"

@@ -1,0 +1,113 @@
+"""Is an algorithm better than another on the same windows? Differences, item by item, with a test of each."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from scipy import stats
+
+from qbench.report.frame import tidy
+from qbench.report.tables import file_name, print_table, save
+
+Samples = Callable[[str], list[dict[str, Any]]]
+_SURE = 0.01
+
+
+def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -> pd.DataFrame:
+    """Perplexities of every job beside those of the algorithm `against` with the same model, scheme and evaluation.
+
+    The test is a paired t-test of the windows' mean negative log-likelihood. P-values are corrected for their number by
+    Holm's method, over all comparisons of one metric.
+
+    Args:
+        samples: The samples of a fingerprint: columns `metric`, `item`, `value`.
+
+    Returns:
+        One row per job and metric: model, scheme, algo, setting, bits, metric, value, baseline, change (of the
+        perplexity, relative), n (windows), p.
+
+    Raises:
+        ValueError: If no job of that algorithm is there, or none that it could be compared with.
+    """
+    done = [r for r in records if r["status"] == "done"]
+    base = {_meets(r): r for r in done if r["labels"]["algo"] == against}
+    if not base:
+        known = sorted({r["labels"]["algo"] for r in done})
+        raise ValueError(f"no job with algo={against} is recorded; there are {', '.join(known) or 'none'}")
+    settings = tidy(done).drop_duplicates("fingerprint").set_index("fingerprint")["setting"]
+    cache: dict[str, pd.DataFrame] = {}
+
+    def windows(fingerprint: str) -> pd.DataFrame:
+        if fingerprint not in cache:
+            cache[fingerprint] = pd.DataFrame(samples(fingerprint), columns=["metric", "item", "value"])
+        return cache[fingerprint]
+
+    rows = []
+    for record in done:
+        other = base.get(_meets(record))
+        if other is None or record["labels"]["algo"] in (against, "fp"):
+            continue
+        both = windows(record["fingerprint"]).merge(windows(other["fingerprint"]), on=["metric", "item"])
+        for metric, items in both[both["metric"].str.startswith("ppl/")].groupby("metric"):
+            delta = (items["value_x"] - items["value_y"]).to_numpy()
+            labels = record["labels"]
+            rows.append({
+                "model": labels["model"], "scheme": labels["scheme"], "algo": labels["algo"],
+                "setting": settings[record["fingerprint"]], "bits": record["metrics"]["bits_per_weight"],
+                "metric": metric, "value": record["metrics"][metric], "baseline": other["metrics"][metric],
+                "change": float(np.expm1(delta.mean())), "n": len(delta), "p": _paired(delta),
+            })  # fmt: skip
+    if not rows:
+        raise ValueError(f"no job shares model, scheme and evaluation with one of algo={against}")
+    frame = pd.DataFrame(rows)
+    frame["p"] = frame.groupby("metric")["p"].transform(holm)
+    return frame
+
+
+def _meets(record: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(record["identity"][key]) for key in ("model", "scheme", "evaluation"))
+
+
+def _paired(delta: np.ndarray) -> float:
+    """P-value of the differences' mean; 1 where there are none."""
+    return 1.0 if not delta.any() else float(stats.ttest_1samp(delta, 0.0).pvalue)
+
+
+def holm(p: "pd.Series[float]") -> "pd.Series[float]":
+    """Holm's step-down correction: none is smaller than the ones before it, and none above 1."""
+    ordered = p.sort_values()
+    factors = np.arange(len(p), 0, -1)
+    return pd.Series(np.maximum.accumulate(ordered * factors), ordered.index).clip(upper=1)[p.index]
+
+
+def table(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Algorithms down, schemes across: perplexity and its change, with `*` where p < 0.01."""
+    chosen = frame[frame["metric"] == metric]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for _, row in chosen.iterrows():
+        text = f"{row['value']:.4g} ({row['change']:+.1%}{'*' if row['p'] < _SURE else ''})"
+        key = (row["model"], row["algo"], row["setting"])
+        cells.setdefault(key, {})[row["scheme"]] = text
+    index = ["model", "algo", "setting"]
+    rows = [dict(zip(index, key, strict=True)) | columns for key, columns in cells.items()]
+    found = pd.DataFrame(rows, columns=[*index, *dict.fromkeys(chosen["scheme"])]).fillna("")
+    return found if found["setting"].any() else found.drop(columns="setting")
+
+
+def show(frame: pd.DataFrame, against: str, console: Console) -> None:
+    """A table for each metric."""
+    for metric in dict.fromkeys(frame["metric"]):
+        print_table(
+            table(frame, metric), f"{metric}, against {against} (* p < {_SURE}, paired, Holm)", console
+        )
+
+
+def write(frame: pd.DataFrame, against: str, folder: Path) -> list[Path]:
+    """All comparisons, and a table for each metric, as CSV, Markdown and LaTeX."""
+    tables = {f"against-{against}": frame}
+    for metric in dict.fromkeys(frame["metric"]):
+        tables[f"against-{against}-{file_name(metric)}"] = table(frame, metric)
+    return save(tables, folder)

@@ -1,0 +1,79 @@
+"""Differences between jobs that met the same windows."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from qbench.report.paired import compare, holm, table
+
+WINDOWS = 40
+
+
+def record(algo: str, scheme: str = "w4a16", status: str = "done") -> dict:
+    return {
+        "fingerprint": f"{algo}-{scheme}",
+        "status": status,
+        "labels": {"model": "m", "algo": algo, "scheme": scheme, "wbits": 4, "abits": 16, "kvbits": 16},
+        "identity": {
+            "model": {"id": "m"},
+            "scheme": scheme,
+            "algorithm": {"name": algo},
+            "calib": None,
+            "evaluation": {"ppl": ["docs"], "seq_len": 512, "max_windows": None, "limit": None},
+        },
+        "environment": {"versions": {"python": "3"}},
+        "metrics": {"ppl/docs": 10.0, "bits_per_weight": 4.5} if status == "done" else {},
+    }
+
+
+def samples(shifts: dict[str, float]):
+    """Windows of very different difficulty; an algorithm adds its shift and a little noise."""
+    hard = np.random.default_rng(0).normal(3, 1, WINDOWS)
+
+    def of(fingerprint: str) -> list[dict]:
+        algo = fingerprint.split("-")[0]
+        noise = np.random.default_rng(sum(map(ord, algo))).normal(0, 0.01, WINDOWS)
+        values = hard + shifts[algo] + noise
+        return [{"metric": "ppl/docs", "item": i, "value": v} for i, v in enumerate(values)]
+
+    return of
+
+
+def test_a_difference_far_below_the_spread_of_windows_is_found():
+    frame = compare([record("rtn"), record("gptq")], samples({"rtn": 0.0, "gptq": -0.02}), "rtn")
+    assert frame["algo"].tolist() == ["gptq"]
+    assert frame["n"].item() == WINDOWS
+    assert frame["p"].item() < 1e-6
+    assert frame["change"].item() == pytest.approx(np.expm1(-0.02), abs=0.005)
+    assert "*" in table(frame, "ppl/docs").iloc[0]["w4a16"]
+
+
+def test_the_p_value_is_that_of_a_paired_t_test():
+    of = samples({"rtn": 0.0, "gptq": 0.001})
+    frame = compare([record("rtn"), record("gptq")], of, "rtn")
+    a, b = (np.array([row["value"] for row in of(name)]) for name in ("gptq", "rtn"))
+    assert frame["p"].item() == pytest.approx(stats.ttest_rel(a, b).pvalue)
+
+
+def test_no_difference_is_no_evidence():
+    frame = compare([record("rtn"), record("same")], lambda _: samples({"rtn": 0.0})("rtn-"), "rtn")
+    assert frame["p"].item() == 1.0
+    assert "*" not in table(frame, "ppl/docs").iloc[0]["w4a16"]
+
+
+def test_only_jobs_of_one_scheme_and_evaluation_meet():
+    records = [record("rtn"), record("gptq", "w3a16"), record("bad", status="failed")]
+    with pytest.raises(ValueError, match="no job shares model, scheme and evaluation"):
+        compare(records, samples({"rtn": 0.0, "gptq": 0.0}), "rtn")
+
+
+def test_a_baseline_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no job with algo=rtn is recorded; there are gptq"):
+        compare([record("gptq")], samples({}), "rtn")
+
+
+def test_many_comparisons_make_each_less_sure():
+    """Holm's method by hand: times 3, 2, 1, and never smaller than the one before."""
+    p = pd.Series([0.04, 0.01, 0.03])
+    assert holm(p).tolist() == pytest.approx([0.06, 0.03, 0.06])
