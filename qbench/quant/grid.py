@@ -102,15 +102,7 @@ def qparams_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec, outer: Tensor | No
 
     Args:
         outer: The second scale where scales are in e4m3; that of `lo` and `hi` if not given.
-
-    Raises:
-        Unsuitable: If the format of the scales cannot serve this grid.
     """
-    if spec.scale_format != "float16" and (not spec.symmetric or spec.scale_bits < 16):
-        raise Unsuitable(
-            f"scales in {spec.scale_format} belong to symmetric grids, and are not quantized again",
-            f"symmetric is {spec.symmetric} and scale_bits {spec.scale_bits}; set symmetric and scale_bits=16",
-        )
     if spec.zero_in_range and spec.bits > 1:
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     else:

@@ -35,7 +35,8 @@ class QuantSpec:
             `"restricted"` leaves out the lowest code; `"gptq"`: scale 2 max|x| / (2^b−1), zero-point 2^(b−1).
         real_zero: Keep the zero-point of an asymmetric grid as a real number (HQQ, SpQR).
         zero_in_range: Widen an asymmetric range to contain zero. Unset, ranges are as in LLMC and llm-awq, whose
-            zero-points are clamped, so that ranges far from zero collapse; for parity alone.
+            integer zero-points are clamped, so that ranges far from zero collapse: for parity. HQQ wants it unset
+            with `real_zero`, which is never clamped.
         scale_bits: Width of scales (and zero-points) that are quantized in their turn, in runs of `scale_group`
             output rows; 16 leaves them as they are (SpQR: 3 and 16; QLoRA: 8 and 256).
         scale_group: See `scale_bits`.
@@ -83,6 +84,15 @@ class QuantSpec:
             )
         if not 2 <= self.scale_bits <= 16:
             raise ValueError(f"scale_bits is {self.scale_bits}, it must be between 2 and 16")
+        if self.scale_bits < 16 and self.granularity == "tensor":
+            raise Unsuitable(
+                "scales are quantized in runs of rows", "a single scale has none; set scale_bits=16"
+            )
+        if self.scale_format != "float16" and (not self.symmetric or self.scale_bits < 16):
+            raise Unsuitable(
+                f"scales in {self.scale_format} belong to symmetric grids, and are not quantized again",
+                "set symmetric, and scale_bits=16",
+            )
 
     @property
     def qmin(self) -> int:
@@ -108,11 +118,12 @@ class QuantSpec:
             "block": -(-rows // size) * -(-columns // size),
         }[self.granularity]
         scale = float(SCALE_BITS[self.scale_format])
-        zero = 0.0 if self.symmetric else float(ZERO_BITS if self.real_zero else self.bits)
+        real = self.real_zero or self.bits == 1
+        zero = 0.0 if self.symmetric else float(ZERO_BITS if real else self.bits)
         outer = 32.0 * (rows if self.outer_row else 1) if self.scale_format == "e4m3" else 0.0
         if (
             self.scale_bits < 16
-        ):  # a run of scales has a float16 scale and zero-point of its own; so have zeros
+        ):  # a run has a float16 scale and zero-point of its own; integer zeros are codes already
             run = self.scale_bits + 2 * 16 / self.scale_group
-            scale, zero = run, run if zero else 0.0
+            scale, zero = run, run if zero and real else zero
         return self.bits + (groups * (scale + zero) + outer) / (rows * columns)
