@@ -185,6 +185,25 @@ def _retry(arguments: list[str]) -> int:
     return retry(config, smaller_batches=smaller)
 
 
+def _sensitivity(arguments: list[str]) -> int:
+    """`qbench sensitivity [stats | solve budget=…] [mode=…] [by=…] [bits=…] [key=value …]`: bits where they count."""
+    from qbench.sweep.request import read
+    from qbench.sweep.steps import choose_custom
+
+    request = read(arguments)
+    config = _config(choose_custom([*request.arguments]))
+    if request.verb == "stats":
+        from qbench.sweep.sensitivity import statistics
+
+        return statistics(config)
+    from qbench.sweep.measurements import Measurements
+    from qbench.sweep.sensitivity import measure
+    from qbench.sweep.solve import solve
+
+    found = Measurements.of(_config(choose_custom(request.measured)), request)
+    return solve(found, config) if request.verb == "solve" else measure(found)
+
+
 def _worker(arguments: list[str]) -> int:
     """`qbench worker [results=…]`: help with the sweep that runs there, until nothing is left of it."""
     keys = {"results": "results", "launch": "", "name": "", "start": "0", "parent": ""}
@@ -202,5 +221,6 @@ def _worker(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "tables": _tables, "sync": _sync, "status": _status, "retry": _retry, "worker": _worker,
+    "tables": _tables, "sync": _sync, "status": _status, "retry": _retry, "sensitivity": _sensitivity,
+    "worker": _worker,
 }  # fmt: skip

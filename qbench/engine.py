@@ -56,7 +56,7 @@ def quantize(
     *,
     propagate_error: bool = True,
     batch_size: int = 8,
-    error_samples: int = 16,
+    error_samples: int = 4,
     first: FirstInputs | None = None,
     device: torch.device | str = "cpu",
     on_block: Callable[[int, int], None] = lambda done, total: None,
@@ -85,12 +85,12 @@ def quantize(
             f"{type(algorithm).__name__} with {scheme} needs calibration tokens; choose a calib set"
         )
     device, family, result = torch.device(device), family_of(model), Quantized()
-    with _on(model, device) if algorithm.runs_model else nullcontext():
+    if scheme.kv is not None or scheme.bmm is not None:
+        use_quantized_attention(model)
+    with placed(model, device) if algorithm.runs_model else nullcontext():
         report = algorithm.prepare(model, scheme, tokens)
     if report is not None:
         first, result.report = None, report
-    if scheme.kv is not None or scheme.bmm is not None:
-        use_quantized_attention(model)
     inputs: Stream | None = None
     layers = list(model.get_submodule(family.blocks))
     kwargs: list[dict[str, Any]] = [{} for _ in layers]
@@ -98,23 +98,23 @@ def quantize(
         inputs, kwargs = first or first_inputs(model, family, tokens, batch_size)
     clean = inputs if algorithm.needs_float_path else None
     for index, layer in enumerate(layers):
-        with _on(layer, device):
+        with placed(layer, device):
             kw = to_device(kwargs[index], device)
             clean_out = clean.through(layer, kw, device) if clean else None
-            block = Block(index, layer, family, inputs, kw, device, scheme, clean, clean_out)
-            inputs = _quantize(
-                block, algorithm, result, propagate_error, error_samples, index + 1 == len(layers)
+            block = Block(
+                index, layer, family, inputs, kw, device, scheme, clean, clean_out, n_blocks=len(layers)
             )
+            inputs = _quantize(block, algorithm, result, propagate_error, error_samples)
             clean = clean_out
         on_block(index + 1, len(layers))
     return result
 
 
 def _quantize(
-    block: Block, algorithm: Algorithm, result: Quantized, propagate_error: bool, samples: int, is_last: bool
+    block: Block, algorithm: Algorithm, result: Quantized, propagate_error: bool, samples: int
 ) -> Stream | None:
     """Quantize one block; returns what reaches the next one."""
-    reference = block.outputs(samples if propagate_error or is_last else None) if block.inputs else None
+    reference = block.outputs(samples if propagate_error or block.is_last else None) if block.inputs else None
     algorithm.process(block)
     _check_finite(block)
     _quantize_inputs(block)
@@ -122,7 +122,7 @@ def _quantize(
     _account(block, result)
     if reference is None:
         return None
-    outputs = block.outputs(None if propagate_error and not is_last else samples)
+    outputs = block.outputs(None if propagate_error and not block.is_last else samples)
     result.errors.append(outputs.head(samples).error(reference.head(samples)))
     return outputs if propagate_error else reference
 
@@ -147,7 +147,7 @@ def _static_ranges(block: Block) -> dict[str, Tensor]:
             spec, kept = block.activation_spec(name), block.kept_channels(name)
             if spec is not None and not spec.dynamic:
                 alike.setdefault((spec, "" if kept is None else name), []).append(Link(None, (name,)))
-    ranges = {}
+    ranges: dict[str, Tensor] = {}
     for (spec, alone), links in alike.items():
         assert block.inputs is not None, "a static range without calibration data"
         kept = block.kept_channels(alone) if alone else None
@@ -176,7 +176,8 @@ def _account(block: Block, result: Quantized) -> None:
     """What the layers take when they are stored: by their scheme, by what is kept, or as a step has said."""
     for name, linear in block.linears.items():
         rows, columns = linear.weight.shape
-        bits = layer_bits(block.weight_spec(name), rows, columns, block.kept.get(name))
+        kept, group_bits = block.kept.get(name), block.group_bits.get(name)
+        bits = layer_bits(block.weight_spec(name), rows, columns, kept, group_bits)
         result.stored_bits[f"{block.index}.{name}"] = block.stored_bits.get(name, bits)
     result.extra_bits += sum(block.extra_bits.values())
     result.reports.append(dict(block.report))
@@ -192,7 +193,8 @@ def _check_finite(block: Block) -> None:
 
 
 @contextmanager
-def _on(layer: nn.Module, device: torch.device) -> Iterator[None]:
+def placed(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """A block, or a whole model, on `device` while the context lasts."""
     home = next(layer.parameters()).device
     layer.to(device)
     try:

@@ -74,7 +74,7 @@ class Job:
         return {
             "model": self.model.name,
             "algo": self.algo,
-            "scheme": str(self.scheme),
+            "scheme": self.scheme.label,
             "wbits": w.bits if w else 16,
             "abits": a.bits if a else 16,
             "kvbits": kv.bits if kv else 16,
@@ -85,7 +85,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        parts = (self.model.name, self.algo, str(self.scheme), self.calib.name if self.calib else "")
+        parts = (self.model.name, self.algo, self.scheme.label, self.calib.name if self.calib else "")
         return " ".join(part for part in parts if part)
 
     def check(self) -> None:

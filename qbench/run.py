@@ -29,7 +29,7 @@ from qbench.deploy.size import size_metrics
 from qbench.engine import Quantized, quantize
 from qbench.errors import first_line
 from qbench.evaluate.result import Evaluation
-from qbench.job import Job, tokenizer
+from qbench.job import Job, canonical, tokenizer
 from qbench.models.family import family_of
 from qbench.models.load import ModelRef
 
@@ -48,11 +48,12 @@ class Shared:
     _ref: ModelRef | None = None
     _pristine: Any = None
     _first: tuple[tuple[CalibrationSet, Path | None], FirstInputs] | None = None
+    _reference: tuple[tuple[str, str, Path | None], dict[str, Tensor]] | None = None
 
     def model(self, ref: ModelRef) -> Any:
         """A copy of the model that the caller may change."""
         if ref != self._ref:
-            self._ref = self._pristine = self._first = None
+            self._ref = self._pristine = self._first = self._reference = None
             gc.collect()
             self._ref, self._pristine = ref, ref.load()
         size = sum(p.numel() * p.element_size() for p in self._pristine.parameters())
@@ -75,6 +76,21 @@ class Shared:
             tokens = calibration_tokens(job.model, job.calib, job.data_root)
             self._first = key, first_inputs(model, family_of(model), tokens, job.calib.batch_size)
         return self._first[1]
+
+    def reference(self, model: Any, job: Job) -> dict[str, Tensor]:
+        """By corpus: what the untouched `model` predicts, where the job's evaluation compares with it."""
+        key = (canonical(job.evaluation), job.device, job.data_root)
+        if self._reference is not None and self._reference[0] == key:
+            return self._reference[1]
+        self._reference = None
+        if not job.evaluation.kl:
+            return {}
+        home = model.device
+        found = job.evaluation.reference(model.to(job.device), tokenizer(job.model), job.data_root)
+        model.to(home)
+        if sum(part.numel() * part.element_size() for part in found.values()) <= _KEPT_UP_TO:
+            self._reference = key, found
+        return found
 
 
 @lru_cache(maxsize=4)
@@ -165,6 +181,7 @@ def _measure(
         tokens = calibration_tokens(job.model, job.calib, job.data_root) if job.calib else None
         first = shared.first(model, job)
         job.evaluation.prepare(tokenizer(job.model), job.data_root)
+        reference = shared.reference(model, job)
     n_parameters = sum(p.numel() for p in model.parameters())  # tied parameters are listed once
     with _phase("calib", job, metrics, reporter):
         quantized = quantize(
@@ -174,7 +191,9 @@ def _measure(
         )  # fmt: skip
     metrics |= size_metrics(model, n_parameters, quantized.stored_bits, quantized.extra_bits)
     with _phase("eval", job, metrics, reporter):
-        result: Evaluation = job.evaluation.run(model.to(job.device), tokenizer(job.model), job.data_root)
+        result: Evaluation = job.evaluation.run(
+            model.to(job.device), tokenizer(job.model), job.data_root, reference
+        )
     if quantized.errors:
         metrics["block_error_mean"] = sum(quantized.errors) / len(quantized.errors)
     return metrics | result.metrics, quantized, result.samples
@@ -221,7 +240,8 @@ def _peak_rss() -> Iterator[list[float]]:
 
 def _provenance(job: Job) -> dict[str, Any]:
     """Which data the numbers came from: name, where it was found, SHA-256."""
-    texts = {name: load_text(name, "test", job.data_root) for name in job.evaluation.ppl}
+    split = job.evaluation.split
+    texts = {name: load_text(name, split, job.data_root) for name in job.evaluation.ppl}
     data: dict[str, Any] = {f"eval/{n}": {"origin": t.origin, "sha256": t.sha256} for n, t in texts.items()}
     if job.calib is not None:
         tokens = calibration_tokens(job.model, job.calib, job.data_root)

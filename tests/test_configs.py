@@ -18,6 +18,15 @@ GROUPS = ("algo", "scheme", "model", "calib", "eval", "tracker", "launcher")
 CHOICES = [f"{path.parent.name}={path.stem}" for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
 
 
+NEEDS = {
+    "model=hf": ["model.id=zoo/nano-llama"],
+    "algo=dgq": ["abits=8"],
+    "algo=llm_int8": ["abits=8"],
+    "algo=osplus": ["abits=8"],
+    "algo=smoothquant": ["abits=8"],
+}
+
+
 def config_of(*overrides: str) -> dict:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)
@@ -34,7 +43,7 @@ def job_of(*overrides: str) -> Job:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_builds(choice):
-    extra = {"model=hf": ["model.id=zoo/nano-llama"], "algo=smoothquant": ["abits=8"]}.get(choice, [])
+    extra = NEEDS.get(choice, [])
     job = job_of(choice, *extra)
     assert job.fingerprint == job_of(choice, *extra).fingerprint
 
@@ -116,7 +125,7 @@ def test_calibration_is_no_part_of_a_data_free_job(change):
 @pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("algo=")])
 def test_the_fingerprint_is_the_hash_of_the_identity(choice):
     """It is put together from the parts' texts."""
-    job = job_of(choice, *(["scheme=w8a8"] if choice == "algo=smoothquant" else []))
+    job = job_of(choice, *NEEDS.get(choice, []))
     text = json.dumps(job.identity(), sort_keys=True, separators=(",", ":"))
     assert job.fingerprint == hashlib.sha256(text.encode()).hexdigest()[:16]
 

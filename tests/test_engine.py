@@ -23,7 +23,10 @@ def blocks_of(model, tokens):
     family = family_of(model)
     stream, kwargs = first_inputs(model, family, tokens, batch_size=4)
     layers = model.get_submodule(family.blocks)
-    return [Block(i, layer, family, stream, kwargs[i], torch.device("cpu")) for i, layer in enumerate(layers)]
+    return [
+        Block(i, layer, family, stream, kwargs[i], torch.device("cpu"), n_blocks=1 + len(layers))
+        for i, layer in enumerate(layers)
+    ]
 
 
 def captured(model, tokens, path):

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from qbench.algorithms.gptq import GPTQ
+from qbench.algorithms.rtn import RTN
+from qbench.calib.observers import Gram
+from qbench.engine import quantize
 from qbench.quant.grid import fake_quantize
+from qbench.quant.scheme import Scheme
 from qbench.quant.spec import QuantSpec
 
+from .conftest import random_model
 from .reference import gptq as reference
 
 N, SIZE = 48, 16
@@ -112,8 +117,40 @@ def test_a_hessian_that_is_not_positive_definite_is_refused():
 
 
 def test_moving_groups_under_act_order_are_refused():
-    from qbench.quant.scheme import Scheme
-
     with pytest.raises(ValueError, match="static_groups=true"):
         GPTQ(static_groups=False).check(Scheme.parse("w4a16g16"))
     GPTQ(static_groups=False).check(Scheme.parse("w4a16"))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"weight_granularity": "tensor"},
+        {"weight_granularity": "block", "group_size": 16},
+        {"group_size": 16, "scale_bits": 3, "scale_group": 16},
+        {"weight_format": "nvfp4", "weight_symmetric": True},
+        {"group_size": 16},
+    ],
+    ids=str,
+)
+def test_layers_with_one_input_share_no_scale(scheme, tokens):
+    """The layers of 48 and of 24 rows are rounded as one tall weight only where that makes no difference."""
+
+    class Alone(RTN):
+        needs_data = True
+
+        def process(self, block):
+            for link, (gram,) in block.observe(Gram, links=block.links[:1]).items():
+                for layer in link.sinks:
+                    weight = block.linear(layer).weight
+                    expected[block.index, layer] = GPTQ().round(
+                        weight.clone(), gram, block.weight_spec(layer)
+                    )
+
+    expected, scheme = {}, Scheme.of(4, **scheme)
+    quantize(random_model("llama-gqa-tied"), Alone(), scheme, tokens)
+    model = random_model("llama-gqa-tied")
+    quantize(model, GPTQ(), scheme, tokens)
+    for layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        ours = model.model.layers[0].get_submodule(layer).weight
+        torch.testing.assert_close(ours, expected[0, layer], rtol=0, atol=1e-12)

@@ -3,7 +3,7 @@
 import copy
 import importlib
 import pkgutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -17,9 +17,22 @@ from qbench.models.family import family_of
 from qbench.quant.grid import choose_qparams, grouped
 from qbench.quant.scheme import Scheme
 
+# What defaults cannot show on models as small as these, or would show slowly.
+QUICK = {
+    "OWQ": {"extra_bits": 1.0},  # a tenth of a bit does not pay for one channel of each layer
+    "AdaDim": {"compensate": True},  # there may be no layer that gains by the other axis
+    "LKD": {"steps": 10, "lr": 1e-4},
+    "LoRA": {"epochs": 2},
+    "OmniQuant": {"epochs": 3},
+    "PercentileSmooth": {"share": 0.05},  # of few channels, none is beyond the percentile
+    "SpinQuant": {
+        "steps": 3,
+        "online": False,
+    },  # the zeros behind OPT's ReLU are on any grid until they are rotated
+    "TesseraQ": {"steps": 4, "soft": (0.5, 0.2)},
+}
 
-# What defaults cannot show on models as small as these.
-QUICK = {"OWQ": {"extra_bits": 1.0}}  # a tenth of a bit does not pay for one channel of each layer
+ROUNDS_SCALES = {"DGQ"}  # a group's scale is the nearest multiple of its row's, which may be larger
 
 
 def discover() -> list[Algorithm]:
@@ -47,17 +60,20 @@ class Keep(RTN):
 
 
 def as_pipeline(algorithm: Algorithm) -> Algorithm:
-    return algorithm if algorithm.kind == "round" else Pipeline((algorithm, RTN()))
+    if algorithm.kind == "round":
+        return algorithm
+    return Pipeline((RTN(), algorithm) if algorithm.kind == "tune" else (algorithm, RTN()))
 
 
 def accepted(algorithm: Algorithm, *schemes: str) -> Scheme:
-    """The first of the schemes that the algorithm has something to do for."""
-    for text in schemes:
+    """The first of the schemes, then of the same with real zero-points, that the algorithm has something to do for."""
+    parsed = [Scheme.parse(text) for text in schemes]
+    for scheme in (*parsed, *(replace(s, weight=replace(s.weight, real_zero=True)) for s in parsed)):
         try:
-            algorithm.check(Scheme.parse(text))
+            algorithm.check(scheme)
         except ValueError:
             continue
-        return Scheme.parse(text)
+        return scheme
     raise AssertionError(f"{name(algorithm)} accepts none of {schemes}")
 
 
@@ -124,17 +140,20 @@ class ListenBehind(Listen):
 @pytest.mark.parametrize(
     "scheme", [{"wbits": 4}, {"wbits": 3, "group_size": 16}, {"wbits": 2, "group_size": 16}], ids=str
 )
-@pytest.mark.parametrize("algorithm", of_kind("round"), ids=name)
+@pytest.mark.parametrize("algorithm", [a for a in of_kind("round", "allocate") if a.on_grid], ids=name)
 def test_a_rounder_leaves_every_weight_on_the_grid(algorithm, scheme, symmetric, model, tokens):
     scheme = Scheme.of(**scheme, weight_symmetric=symmetric)
     listener = ListenBehind()
-    quantize(model, Pipeline((algorithm, listener)), scheme, tokens)
+    rounder = () if algorithm.kind == "round" else (RTN(),)
+    quantize(model, Pipeline((algorithm, *rounder, listener)), scheme, tokens)
     for block in listener.heard:
         for layer, linear in block.linears.items():
             rounded = ~block.kept.get(layer, torch.zeros(linear.in_features)).bool().expand_as(linear.weight)
-            groups, masks = (grouped(x, scheme.weight).flatten(0, -2) for x in (linear.weight, rounded))
-            levels = max(len(torch.unique(g[mask])) for g, mask in zip(groups, masks, strict=True))
-            assert levels <= 2**scheme.weight.bits, f"{layer} has {levels} levels"
+            groups, masks = (grouped(x, scheme.weight) for x in (linear.weight, rounded))
+            bits = block.group_bits.get(layer, torch.tensor([scheme.weight.bits])).expand(groups.shape[:-1])
+            for g, mask, b in zip(*(x.flatten(0, 1) for x in (groups, masks, bits)), strict=True):
+                levels = len(torch.unique(g[mask]))
+                assert levels <= 2**b, f"{layer} has {levels} levels in {b} bits"
 
 
 @pytest.mark.parametrize("algorithm", of_kind("select"), ids=name)
@@ -159,24 +178,30 @@ def test_clipping_never_widens_a_range(algorithm, model, tokens):
     scheme = accepted(algorithm, "w3a16g16", "w3a16")
     listener = Listen()
     quantize(model, Pipeline((algorithm, listener)), scheme, tokens)
-    narrowed = 0
+    chosen = 0
     for block in listener.heard:
         for layer, grid in block.grids.items():
             whole = choose_qparams(block.linear(layer).weight, scheme.weight)
-            assert (grid.scale <= whole.scale * (1 + 1e-6)).all()
-            narrowed += int((grid.scale < whole.scale).sum())
-    assert narrowed
+            if name(algorithm) not in ROUNDS_SCALES:
+                assert (grid.scale <= whole.scale * (1 + 1e-6)).all()
+            chosen += int(((grid.scale != whole.scale) | (grid.zero != whole.zero)).sum())
+    assert chosen
 
 
 @pytest.mark.parametrize("algorithm", [a for a in ALL if a.needs_data], ids=name)
 def test_calibrating_helps_on_the_calibration_data(algorithm, model, tokens):
     scheme = accepted(algorithm, "w3a16g16", "w4a4")
-    if algorithm.kind == "transform" and any(link.source is None for link in family_of(model).links):
-        pytest.skip("half of the layers cannot be transformed in this variant, and their noise decides")
+    sourceless = any(link.source is None for link in family_of(model).links)
+    if sourceless and algorithm.kind in ("transform", "select"):
+        pytest.skip(
+            "half of the layers have inputs without outliers in this variant, and their noise decides"
+        )
     baseline = copy.deepcopy(model)
     worse = quantize(baseline, ObservingRTN(), scheme, tokens)
     better = quantize_or_skip(model, as_pipeline(algorithm), scheme, tokens)
-    assert better.errors[0] < worse.errors[0]
+    assert better.errors[0] < worse.errors[0] or (
+        algorithm.kind == "allocate" and better.errors[0] == worse.errors[0]  # where all groups are alike
+    )
 
 
 class ObservingRTN(RTN):
@@ -189,7 +214,7 @@ class ObservingRTN(RTN):
 def test_equal_inputs_give_equal_weights(algorithm, llama, tokens):
     twin = copy.deepcopy(llama)
     for m in (llama, twin):
-        quantize(m, as_pipeline(algorithm), Scheme.parse("w4a8"), tokens)
+        quantize(m, as_pipeline(algorithm), accepted(algorithm, "w4a8", "w4a8g16"), tokens)
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), twin.parameters(), strict=True))
 
 

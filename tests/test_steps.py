@@ -64,7 +64,7 @@ def test_what_is_no_algorithm_is_refused_with_the_reason(algo, problem):
 
 
 def test_an_order_that_makes_no_sense_is_refused_before_loading():
-    with pytest.raises(ValueError, match="got GPTQ .* -> SmoothQuant"):
+    with pytest.raises(ValueError, match=r"got GPTQ .* -> SmoothQuant"):
         job_of("algo=custom", "algo.steps=[gptq,smoothquant]", "scheme=w8a8")
 
 

@@ -99,7 +99,7 @@ class AWQScale(Algorithm):
         candidates = torch.stack([_scale(r, mean, relative) for r in exponents])
         errors = gram.new_zeros(self.n_grid)
         for w, spec in weights:
-            for part in row_chunks(w, spec):
+            for part in (w[rows] for rows in row_chunks(w, spec)):
                 for i, s in enumerate(candidates):
                     errors[i] += output_error(fake_quantize(part * s, spec) / s - part, gram).sum()
         return candidates[errors.argmin()]

@@ -11,19 +11,20 @@ from qbench.calib.block import Block
 from qbench.errors import Unsuitable
 from qbench.quant.scheme import Scheme
 
-Kind = Literal["transform", "select", "clip", "round", "tune"]
-ORDER: tuple[Kind, ...] = ("transform", "select", "clip", "round", "tune")
+Kind = Literal["transform", "select", "allocate", "clip", "round", "tune"]
+ORDER: tuple[Kind, ...] = ("transform", "select", "allocate", "clip", "round", "tune")
 
 
 class Algorithm(ABC):
     """One step of post-training quantization.
 
     A subclass is a frozen dataclass: its fields are its hyperparameters and it keeps no state between
-    blocks. It is one of five kinds, and steps follow one another in this order.
+    blocks. It is one of six kinds, and steps follow one another in this order.
 
     * A **transform** rewrites weights so that they are easier to quantize and leaves the function of
       the model unchanged.
     * A **selection** marks what stays in floating point, in `block.kept`.
+    * An **allocation** chooses how many bits each group of a layer has, in `block.group_bits`.
     * A **clip** chooses grids, in `block.grids`, narrower than those that hold every weight.
     * A **rounder** leaves every weight of the block on its grid, save what is kept.
     * A **tuning** step trains what is not quantized (norms, adapters) to make up for the rounding.
@@ -35,8 +36,12 @@ class Algorithm(ABC):
         needs_data: Whether calibration data can change the result.
         needs_float_path: Whether `process` reads `block.float_inputs` and `block.float_outputs`.
         runs_model: Whether `prepare` runs the model, which is then on the device as a whole.
+        on_grid: Of a rounder: whether the weights lie on the scheme's grid as they are; not if their grid is one in
+            another basis (QuIP).
         uses_grids, uses_kept: Of a rounder: whether it honours what clips and selections before it have chosen. A
             pipeline refuses those before a rounder that does not.
+        uses_bits: Of a clip or a rounder: whether the groups of a layer may differ in width. A pipeline refuses an
+            allocation before one that would give all of them the scheme's.
     """
 
     kind: ClassVar[Kind]
@@ -44,8 +49,10 @@ class Algorithm(ABC):
     needs_data: ClassVar[bool] = True
     needs_float_path: ClassVar[bool] = False
     runs_model: ClassVar[bool] = False
+    on_grid: ClassVar[bool] = True
     uses_grids: ClassVar[bool] = True
     uses_kept: ClassVar[bool] = True
+    uses_bits: ClassVar[bool] = False
 
     def check(self, scheme: Scheme) -> None:
         """Refuse, before anything is loaded, a scheme that this algorithm can do nothing for.
@@ -81,7 +88,9 @@ class Algorithm(ABC):
 
 @dataclass(frozen=True)
 class Pipeline(Algorithm):
-    """Any transforms, selections and clipping, then one rounder, then any tuning; each block meets them in this order.
+    """Any transforms, selections, allocation and clipping, then one rounder, then any tuning.
+
+    Each block meets them in this order.
 
     Attributes:
         steps: In order; given as a mapping, so that a step can be named on the command line
@@ -98,8 +107,9 @@ class Pipeline(Algorithm):
         ranks = [ORDER.index(step.kind) for step in self]
         if not ranks or ranks != sorted(ranks) or [s.kind for s in self].count("round") != 1:
             raise ValueError(
-                "a pipeline is any transforms, then any selections, then any clipping, then one rounder, then any "
-                "tuning; got " + (" -> ".join(f"{type(s).__name__} ({s.kind})" for s in self) or "no step")
+                "a pipeline is any transforms, then any selections, then any allocation, then any clipping, then one "
+                "rounder, then any tuning; got "
+                + (" -> ".join(f"{type(s).__name__} ({s.kind})" for s in self) or "no step")
             )
         self._check_honoured()
 
@@ -112,6 +122,13 @@ class Pipeline(Algorithm):
                 raise Unsuitable(
                     f"{type(rounder).__name__} chooses its own {what}",
                     f"{type(step).__name__} before it would have no effect; leave it out",
+                )
+        uniform = [s for s in self if s.kind in ("clip", "round") and not s.uses_bits]
+        for step in self:
+            if step.kind == "allocate" and uniform:
+                raise Unsuitable(
+                    f"{type(uniform[0]).__name__} gives all groups of a layer one width",
+                    f"{type(step).__name__} before it would have no effect; leave it out, or choose round=rtn or gptq",
                 )
 
     def __iter__(self) -> Iterator[Algorithm]:

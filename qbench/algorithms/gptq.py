@@ -4,6 +4,7 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 Transformers", ICLR 2023, arXiv:2210.17323, Algorithm 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,8 +16,16 @@ from qbench.calib.block import Block
 from qbench.calib.observers import Gram
 from qbench.errors import Unsuitable
 from qbench.quant.grid import QParams, choose_qparams, round_to_grid
+from qbench.quant.mixed import choose_mixed, specs_by_group
 from qbench.quant.scheme import Scheme
 from qbench.quant.spec import QuantSpec
+
+Choose = Callable[[Tensor, Tensor, QuantSpec], QParams]
+
+
+def minmax(columns: Tensor, _: Tensor, spec: QuantSpec) -> QParams:
+    """The grid that holds every weight of a group."""
+    return choose_qparams(columns, spec)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class GPTQ(Algorithm):
     true_sequential: bool = True
 
     kind: ClassVar[Kind] = "round"
+    uses_bits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.damp <= 0:
@@ -70,9 +80,8 @@ class GPTQ(Algorithm):
             for spec, names in block.alike(link):
                 # Layers with one input have one Hessian: they are rounded as one tall weight.
                 weights = [block.linear(name).weight for name in names]
-                rounded = self.round(
-                    torch.cat(weights).to(gram), gram, spec, block.chosen_grid(names), block.kept_mask(names)
-                )
+                tall, bits = torch.cat(weights).to(gram), block.group_bits.get(names[0])
+                rounded = self.round(tall, gram, spec, block.chosen_grid(names), block.kept_mask(names), bits)
                 for weight, part in zip(weights, rounded.split([len(w) for w in weights]), strict=True):
                     weight.copy_(part)
 
@@ -83,6 +92,8 @@ class GPTQ(Algorithm):
         spec: QuantSpec,
         grid: QParams | None = None,
         kept: Tensor | None = None,
+        group_bits: Tensor | None = None,
+        choose: Choose = minmax,
     ) -> Tensor:
         """Round `w`, `(out, in)`, given the Gram matrix of its input, `(in, in)`.
 
@@ -90,6 +101,10 @@ class GPTQ(Algorithm):
             grid: Fixed in advance by a clipping step, `(out, n_groups, 1)` each.
             kept: Mask of the weights that stay in floating point, `(out, in)`. Channels that are kept whole
                 come last, so that they make up for the errors of all others.
+            group_bits: The width of each group, `(n_groups,)`, where they differ.
+            choose: Without `static_groups`: makes the grid of one group, `(out, 1, 1)` each, from its columns,
+                `(out, group_size)`, their `U_jj`, `(group_size,)`, where `U` is the factor of the inverse Hessian,
+                and the spec of one row.
 
         Raises:
             torch.linalg.LinAlgError: If the damped Hessian is not positive definite.
@@ -99,9 +114,9 @@ class GPTQ(Algorithm):
         dead = gram.diagonal() == 0  # channels that are never active; any weight serves, zero is on the grid
         w = w.masked_fill(dead if kept is None else dead & ~kept, 0.0)
         ranged = w if kept is None else w.masked_fill(kept, 0.0)
-        scale, zero = (
-            p.to(w).expand(len(w), -1, -1).squeeze(-1).clone() for p in grid or choose_qparams(ranged, spec)
-        )
+        grid_of_all = grid or choose_mixed(ranged, spec, group_bits)
+        scale, zero = (p.to(w).expand(len(w), -1, -1).squeeze(-1).clone() for p in grid_of_all)
+        specs = specs_by_group(spec, group_bits, n // size)
         fixed = self.static_groups or grid is not None
 
         importance = gram.diagonal() if self.act_order else torch.arange(n, 0, -1).to(gram)
@@ -129,18 +144,17 @@ class GPTQ(Algorithm):
                     ahead -= waiting.T @ errors[: j - start]
                     if keep is not None:
                         ahead.masked_fill_(keep[columns], 0.0)
-                    scale[g], zero[g] = (p.flatten() for p in self._grid(ahead.T, spec))
-                q[j] = round_to_grid(wt[j], scale[g], zero[g], spec)
+                    one = replace(specs[g], granularity="row", group_size=None)
+                    scale[g], zero[g] = (
+                        p.flatten() for p in choose(ahead.T, factor.diagonal()[columns], one)
+                    )
+                q[j] = round_to_grid(wt[j], scale[g], zero[g], specs[g])
                 if keep is not None:
                     q[j] = torch.where(keep[j], wt[j], q[j])
                 errors[j - start] = (wt[j] - q[j]) / factor[j, j]
                 wt[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
             wt[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         return q[torch.argsort(order)].T
-
-    @staticmethod
-    def _grid(columns: Tensor, spec: QuantSpec) -> QParams:
-        return choose_qparams(columns, replace(spec, granularity="row", group_size=None))
 
 
 def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:

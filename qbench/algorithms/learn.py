@@ -59,7 +59,9 @@ def fit(
     rates = [group["lr"] for group in optimizer.param_groups]
     queue: list[Tensor] = []
     with block.quantized_activations():
-        before = _mean_loss(block, weights, inputs, targets, loss)
+        before = _finite(
+            _mean_loss(block, weights, inputs, targets, loss), block, name, "before its first step"
+        )
         for step in range(steps if before else 0):
             if not queue:
                 queue = list(torch.randperm(len(inputs.hidden), generator=generator).split(batch_size))
@@ -71,11 +73,7 @@ def fit(
                 now = loss(block.run(inputs.hidden[batch], weights()), targets.hidden[batch].to(block.device))
                 # Adam's epsilon is absolute, and half precision has a least number: losses count from their start.
                 (now / before).backward()  # type: ignore[no-untyped-call]
-            if not math.isfinite(float(now)):
-                raise FloatingPointError(
-                    f"block {block.index}: {name} met a loss of {float(now)} in step {step + 1} of {steps}; "
-                    "lower its learning rate"
-                )
+            _finite(now.item(), block, name, f"in step {step + 1} of {steps}")
             optimizer.step()
         after = _mean_loss(block, weights, inputs, targets, loss)
     block.report[f"{name}_loss"] = [before, after]
@@ -87,11 +85,19 @@ def fit(
     return before, after
 
 
+def _finite(loss: float, block: Block, name: str, when: str) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"block {block.index}: {name} met a loss of {loss} {when}; lower its learning rate, or use float32"
+        )
+    return loss
+
+
 @torch.no_grad()
 def _mean_loss(block: Block, weights: Weights, inputs: Stream, targets: Stream, loss: Loss) -> float:
     made, total = weights(), 0.0
     for x, target in zip(inputs.batches(), targets.batches(), strict=True):
-        total += float(loss(block.run(x, made), target.to(block.device))) * len(x)
+        total += loss(block.run(x, made), target.to(block.device)).item() * len(x)
     return total / len(inputs.hidden)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.block import Block
-from qbench.quant.grid import fake_quantize
+from qbench.quant.mixed import quantize_mixed
 
 
 @torch.no_grad()
@@ -20,10 +20,10 @@ def nearest(block: Block, name: str) -> Tensor:
     weight, spec = block.linear(name).weight, block.weight_spec(name)
     if spec is None:
         return weight
-    kept, grid = block.kept.get(name), block.grids.get(name)
+    kept, grid, bits = block.kept.get(name), block.grids.get(name), block.group_bits.get(name)
     if kept is None:
-        return fake_quantize(weight, spec, grid)
-    return torch.where(kept, weight, fake_quantize(weight.masked_fill(kept, 0.0), spec, grid))
+        return quantize_mixed(weight, spec, bits, grid)
+    return torch.where(kept, weight, quantize_mixed(weight.masked_fill(kept, 0.0), spec, bits, grid))
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class RTN(Algorithm):
 
     kind: ClassVar[Kind] = "round"
     needs_data: ClassVar[bool] = False
+    uses_bits: ClassVar[bool] = True
 
     @torch.no_grad()
     def process(self, block: Block) -> None:

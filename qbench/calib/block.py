@@ -16,7 +16,8 @@ from qbench.models.attention import attention_spec, quantize_attention
 from qbench.models.family import Family, Link
 from qbench.models.hooks import quantized_inputs
 from qbench.models.rotate import is_rotated_online
-from qbench.quant.grid import QParams, choose_qparams
+from qbench.quant.grid import QParams
+from qbench.quant.mixed import choose_mixed
 from qbench.quant.scheme import Scheme
 from qbench.quant.spec import QuantSpec
 
@@ -37,9 +38,11 @@ class Block:
         grids: By layer: the grid that a step has chosen for a rounder; a rounder chooses its own where there is none.
         kept: By layer: what stays in floating point, as a mask of input channels, `(in,)`, or of weights, `(out, in)`.
             Channels that are kept are kept in the layer's input too.
+        group_bits: By layer: the bits of each group, `(n_groups,)`, in all rows; those of the scheme where there is none.
         stored_bits: By layer: bits of the whole layer as stored, where its scheme and `kept` do not tell.
         extra_bits: By name: what must be stored beside the model's own parameters (adapters, rotations).
         report: What a step has to tell of this block: losses, counts.
+        n_blocks: Of the model.
     """
 
     index: int
@@ -53,9 +56,11 @@ class Block:
     float_outputs: Stream | None = None
     grids: dict[str, QParams] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    group_bits: dict[str, Tensor] = field(default_factory=dict)
     stored_bits: dict[str, float] = field(default_factory=dict)
     extra_bits: dict[str, float] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    n_blocks: int = 1
     _left: dict[tuple[Any, ...], Stream] = field(default_factory=dict)
 
     @property
@@ -66,6 +71,11 @@ class Block:
     @property
     def links(self) -> tuple[Link, ...]:
         return self.family.links
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no block comes after it, so that nobody reads all of its outputs."""
+        return self.index + 1 == self.n_blocks
 
     def __getitem__(self, name: str) -> nn.Module:
         return self.layer.get_submodule(name)
@@ -89,15 +99,17 @@ class Block:
     def alike(self, link: Link) -> Iterator[tuple[QuantSpec, tuple[str, ...]]]:
         """The sinks of a link that are to be quantized: layers with one input and one grid are one tall weight.
 
-        Layers that keep different channels are no such weight: theirs are rounded in different orders.
+        Layers that keep different channels are no such weight: theirs are rounded in different orders. Nor are those
+        whose groups have different bits, or whose rows share scales, which layers do not.
         """
-        groups: dict[tuple[QuantSpec, tuple[int, ...]], list[str]] = {}
+        groups: dict[tuple[QuantSpec, tuple[int, ...], tuple[int, ...], str], list[str]] = {}
         for name in link.sinks:
             if (spec := self.weight_spec(name)) is not None:
-                channels = self.kept_channels(name)
+                channels, bits = self.kept_channels(name), self.group_bits.get(name)
                 kept = () if channels is None else tuple(channels.nonzero().flatten().tolist())
-                groups.setdefault((spec, kept), []).append(name)
-        yield from ((spec, tuple(names)) for (spec, _), names in groups.items())
+                widths = () if bits is None else tuple(bits.tolist())
+                groups.setdefault((spec, kept, widths, name if spec.spans_rows else ""), []).append(name)
+        yield from ((spec, tuple(names)) for (spec, *_), names in groups.items())
 
     def chosen_grid(self, names: Sequence[str]) -> QParams | None:
         """The grids that a step has chosen for these layers, one below the other, `(out, n_groups, 1)` each.
@@ -111,7 +123,8 @@ class Block:
             weight, spec = self.linear(name).weight, self.weight_spec(name)
             assert spec is not None, f"{name} has no grid"
             ranged = weight if (kept := self.kept.get(name)) is None else weight.masked_fill(kept, 0.0)
-            grid = self.grids[name] if name in self.grids else choose_qparams(ranged, spec)
+            bits = self.group_bits.get(name)
+            grid = self.grids[name] if name in self.grids else choose_mixed(ranged, spec, bits)
             grids.append([part.expand(len(weight), -1, 1) for part in grid])
         return QParams(*(torch.cat(parts) for parts in zip(*grids, strict=True)))
 
@@ -237,14 +250,16 @@ class Block:
                     for observer in observers:
                         observer.update(x)
                 yield link, tuple(o.value for o in observers)
-            outputs = stages.finish()
+            outputs = [] if self.is_last else stages.finish()
         finally:
             stages.close()
+        if self.is_last:
+            return
         self._left.clear()
         self._left[self._state()] = self.inputs.of(outputs)
 
     def _state(self) -> tuple[Any, ...]:
         """What the block's function depends on: parameters by identity and version, and hooks."""
         parameters = tuple((id(p), p._version) for p in self.layer.parameters())
-        hooks = tuple(key for m in self.layer.modules() for key in m._forward_pre_hooks)
+        hooks = tuple(key for m in self.layer.modules() for key in (*m._forward_pre_hooks, *m._forward_hooks))
         return parameters, hooks, attention_spec(self.layer)

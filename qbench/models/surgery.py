@@ -7,6 +7,8 @@ They run in float64 and in place.
 import torch
 from torch import Tensor, nn
 
+from qbench.models.rotate import is_rotated_online
+
 
 @torch.no_grad()
 def scale_columns(linear: nn.Linear, s: Tensor) -> None:
@@ -27,11 +29,14 @@ def migrate_scale(source: nn.Module, sinks: list[nn.Linear], s: Tensor) -> None:
 
     Raises:
         ValueError: If `source` does not have one output channel per scale. Under grouped-query
-            attention a value head feeds several output heads, so that link cannot be scaled.
+            attention a value head feeds several output heads, so that link cannot be scaled. Nor can one
+            whose input is rotated on its way.
     """
     weight = source.get_parameter("weight")
     if weight.shape[0] != s.numel():
         raise ValueError(f"{s.numel()} scales do not fit a source with {weight.shape[0]} output channels")
+    if any(is_rotated_online(sink) for sink in sinks):
+        raise ValueError("the input is rotated online: scales of it cannot be moved into the layer before")
     scale_rows(source, 1.0 / s)
     for sink in sinks:
         scale_columns(sink, s)

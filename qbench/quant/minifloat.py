@@ -108,6 +108,10 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """`rounding(x)` with the gradient of the identity (straight-through estimator)."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return rounding(
+            x
+        )  # a rounder calls this for every column, and an autograd function costs as much as the rounding
     return _StraightThrough.apply(x, rounding)
 
 

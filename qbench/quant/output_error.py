@@ -63,18 +63,18 @@ def group_error(delta: Tensor, blocks: Tensor, spec: QuantSpec) -> Tensor:
     return errors.sum((0, 1), keepdim=True)[0] if spec.granularity == "tensor" else group_sum(errors, spec)
 
 
-def row_chunks(w: Tensor, spec: QuantSpec) -> Iterable[Tensor]:
-    """`w`, `(out, in)`, in runs of rows of about `CHUNK` elements, none of which shares a scale with another run."""
+def row_chunks(w: Tensor, spec: QuantSpec) -> list[slice]:
+    """Runs of rows of `w`, `(out, in)`, of about `CHUNK` elements, none of which shares a scale with another run."""
     if spec.granularity == "tensor" or spec.scale_format == "e4m3":
-        return (w,)
+        return [slice(None)]
     together = (spec.group_size or 1) if spec.granularity == "block" else 1
     together *= spec.scale_group if spec.scale_bits < 16 else 1
-    rows = max(CHUNK // w.shape[1], 1)
-    return w.split(-(-rows // together) * together)
+    rows = -(-CHUNK // (w.shape[1] * together)) * together
+    return [slice(start, start + rows) for start in range(0, len(w), rows)]
 
 
 @torch.no_grad()
-def search_range(w: Tensor, gram: Tensor, spec: QuantSpec, ranges: Iterable[Range]) -> QParams:
+def search_range_by_output(w: Tensor, gram: Tensor, spec: QuantSpec, ranges: Iterable[Range]) -> QParams:
     """Of some ranges for each group of `w`, `(out, in)`, the grid that hurts the group's share of the output least.
 
     Ties go to the range that is named first. The range of one bit is not searched. Scales that are quantized in their
@@ -88,9 +88,8 @@ def search_range(w: Tensor, gram: Tensor, spec: QuantSpec, ranges: Iterable[Rang
         return choose_qparams(w, spec)
     ranges, outer = list(ranges), outer_scale(w, spec)
     blocks = gram_blocks(gram, spec.group_size or w.shape[1])
-    chosen = [
-        _best(part, blocks, replace(spec, scale_bits=16), outer, ranges) for part in row_chunks(w, spec)
-    ]
+    plain = replace(spec, scale_bits=16)
+    chosen = [_best(w[rows], blocks, plain, outer, ranges) for rows in row_chunks(w, spec)]
     low, high = (torch.cat(ends) for ends in zip(*chosen, strict=True))
     return qparams_of_range(low, high, spec, outer)
 

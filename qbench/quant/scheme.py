@@ -1,10 +1,12 @@
 """What to quantize, and onto which grids. No torch here: the planner reads schemes by the thousand."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 from qbench.errors import Unsuitable
@@ -214,6 +216,25 @@ class Scheme:
             text += "-kvrot" if kv.rotate else ""
         text += "-bmm" if self.bmm else ""
         return text + "".join(f"-[{pattern}:{scheme}]" for pattern, scheme in self.overrides)
+
+    @cached_property
+    def label(self) -> str:
+        """The printed form for tables; a long one has its overrides' number and digest in place of them."""
+        if not self.overrides:
+            return self._text
+        base = str(replace(self, overrides=()))
+        groups = [
+            (text, [pattern for pattern, _ in group])
+            for text, group in groupby(self.overrides, lambda one: str(one[1]))
+        ]
+        text = base + "".join(f"-[{','.join(patterns)}:{scheme}]" for scheme, patterns in groups)
+        if len(text) <= _LABEL:
+            return text
+        digest = hashlib.sha256(self._text.encode()).hexdigest()[:6]
+        return f"{base}-[{len(self.overrides)} overrides {digest}]"
+
+
+_LABEL = 96  # characters that a table has room for
 
 
 def fits(pattern: str, block: int, name: str) -> bool:

@@ -108,6 +108,12 @@ class QuantSpec:
             return 2**self.bits - 1
         return int(2 ** (self.bits - 1)) - 1
 
+    @property
+    def spans_rows(self) -> bool:
+        """Whether rows share a scale, or what scales are stored with."""
+        second = self.scale_bits < 16 or (self.scale_format == "e4m3" and not self.outer_row)
+        return second or self.granularity in ("tensor", "block")
+
     def bits_per_element(self, rows: int, columns: int) -> float:
         """Stored bits per element of a `(rows, columns)` tensor: codes, scales and zero-points, second scales too."""
         size = self.group_size or 1

@@ -52,8 +52,9 @@ def _protocol(record: dict[str, Any], metric: str) -> str:
     kind, _, name = metric.partition("/")
     if not name:
         return ""
-    if kind == "ppl":
-        return f"[{how['seq_len']}{' x ' + str(how['max_windows']) if how['max_windows'] else ''}]"
+    if kind in ("ppl", "kl"):
+        windows = f"{how['seq_len']}{' x ' + str(how['max_windows']) if how['max_windows'] else ''}"
+        return f"[{windows}{' ' + how['split'] if how.get('split') else ''}]"
     return f"[limit {how['limit']}]" if how["limit"] else "[all]"
 
 

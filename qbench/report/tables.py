@@ -159,7 +159,7 @@ def print_table(table: pd.DataFrame, title: str, console: Console) -> None:
         header_style="bold",
     )
     for column in table.columns:
-        is_label = column in ("model", "scheme", "algo", "setting")
+        is_label = column in ("model", "scheme", "algo", "setting", "unit", "recipe")
         grid.add_column(
             Text(str(column).replace("/", "\n", 1)),
             justify="left" if is_label else "right",

@@ -56,6 +56,16 @@ def run_plan(plan: Plan, settings: Settings, *, is_sweep: bool) -> int:
     Raises:
         UsageError: If the results folder cannot be written, or the launcher is not to be had.
     """
+    records, unfinished = complete(plan, settings, is_sweep=is_sweep)
+    return _conclude(plan, records, settings, unfinished=unfinished)
+
+
+def complete(plan: Plan, settings: Settings, *, is_sweep: bool) -> tuple[list[Record], bool]:
+    """Run what is left of a plan; returns the records of all its jobs, and whether the launcher gave up before.
+
+    Raises:
+        UsageError: If the results folder cannot be written, or the launcher is not to be had.
+    """
     store = plan.store
     try:
         store.prepare()
@@ -80,7 +90,7 @@ def run_plan(plan: Plan, settings: Settings, *, is_sweep: bool) -> int:
         mirroring.finish(records)
     if trouble:
         complain(f"{trouble}\nqbench: the same command takes up from here")
-    return _conclude(plan, records, settings, unfinished=bool(trouble))
+    return records, bool(trouble)
 
 
 def _launched(plan: Plan, settings: Settings, is_sweep: bool, progress: Progress) -> Generator[str]:

@@ -52,6 +52,8 @@ class EvalSettings(_Strict):
     limit: int | None = None
     batch_size: int = 4
     task_batch_size: int = 32
+    kl: bool = False
+    split: Literal["test", "calibration"] = "test"
 
 
 class SchemeSettings(_Strict):
@@ -218,9 +220,7 @@ class Jobs:
         is_float = isinstance(algorithm, FloatingPoint)
         scheme = Scheme() if is_float else self._scheme(asked, config["scheme"])
         if scheme.is_float and not is_float:
-            raise Unsuitable(
-                f"algo={name} has nothing to quantize at w16a16", "set wbits, abits or kvbits"
-            )
+            raise Unsuitable(f"algo={name} has nothing to quantize at w16a16", "set wbits, abits or kvbits")
         tokens = None
         if needs_data(algorithm, scheme):
             tokens = self._once(f"seed {asked.seed}", calib, partial(_calibration, seed=asked.seed))

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from qbench.sweep.shipped import CONF
 
 CUSTOM = "custom"  # the choice of `algo` that is put together by names
-KINDS = ("transform", "select", "clip", "round", "tune")
+KINDS = ("transform", "select", "allocate", "clip", "round", "tune")
 _PIPELINE = "qbench.algorithms.base.Pipeline"
 
 
@@ -49,7 +49,9 @@ def in_full(algo: dict[str, Any]) -> dict[str, Any]:
     if options:
         raise ValueError(f"algo.options are for {', '.join(options)}; the steps are {', '.join(names)}")
     if not steps:
-        raise ValueError("algo=custom has no step; set e.g. algo.transform=quarot algo.clip=mse algo.round=gptq")
+        raise ValueError(
+            "algo=custom has no step; set e.g. algo.transform=quarot algo.clip=mse algo.round=gptq"
+        )
     return next(iter(steps.values())) if len(steps) == 1 else {"_target_": _PIPELINE, "steps": steps}
 
 

@@ -1,0 +1,33 @@
+"""How far a model's predictions are from those of the floating-point model: the KL divergence of each token's.
+
+It is zero where nothing changed, never negative, and of second order in a small change; the difference of two
+perplexities is of first order, so that at high precision it is mostly the luck of the text.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ELEMENTS = 1 << 24  # of the logits that are held in float64 at a time
+
+
+def reference_logits(model: Any, windows: Tensor, batch_size: int) -> Tensor:
+    """What a model predicts, `(n_windows, seq_len, vocab)`, on the CPU and in its own dtype, so that nothing is lost."""
+    with torch.inference_mode():
+        parts = [
+            model(batch.to(model.device), use_cache=False).logits.cpu() for batch in windows.split(batch_size)
+        ]
+    return torch.cat(parts)
+
+
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """`KL(reference ‖ model)` of each prediction in nats, float64; both are logits, `(..., vocab)`."""
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    rows = max(1, _ELEMENTS // vocab)
+    pairs = zip(reference.reshape(-1, vocab).split(rows), logits.reshape(-1, vocab).split(rows), strict=True)
+    parts = []
+    for p, q in pairs:
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts).view(shape)

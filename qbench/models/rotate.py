@@ -1,0 +1,169 @@
+"""Rotations of a model that leave its function unchanged.
+
+Vectors are rows: a linear layer computes y = x Wᵀ, and a rotation R, orthogonal, takes x to x R. The layer reads it
+as before with W R in place of W; its output is rotated with Rᵀ W in place of W, and b R in place of b.
+
+RMSNorm commutes with a rotation once its gains are folded into the layers behind it. LayerNorm becomes RMSNorm where
+everything that is added to the residual stream has mean zero (Ashkboos et al., "SliceGPT: Compress Large Language
+Models by Deleting Rows and Columns", ICLR 2024, arXiv:2401.15024, section 3.1).
+
+Edits run in float64 and in place. Online rotations are hooks on a layer's input; hooks run in the order of their
+registration, so that what quantizes this input, registered later, meets it rotated.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbench.models.family import Family, family_of
+from qbench.quant.hadamard import hadamard_transform
+
+
+def turn(x: Tensor, r: Tensor) -> Tensor:
+    """Rotate each run of k neighbours along the last axis of `x` by `r`, `(k, k)`: all of it, or head by head."""
+    k = len(r)
+    return x @ r if x.shape[-1] == k else (x.unflatten(-1, (-1, k)) @ r).flatten(-2)
+
+
+@torch.no_grad()
+def rotate_inputs(linear: nn.Linear | nn.Embedding, r: Tensor) -> None:
+    """`W ← W R`: the layer now expects inputs rotated by `r`; the rows of an embedding are rotated."""
+    w = linear.weight
+    w.copy_(turn(w.double(), r.to(w.device, torch.float64)))
+
+
+@torch.no_grad()
+def rotate_outputs(linear: nn.Linear, r: Tensor) -> None:
+    """`W ← Rᵀ W` and `b ← b R`: the layer's output is rotated by `r`."""
+    w, r = linear.weight, r.to(linear.weight.device, torch.float64)
+    w.copy_(turn(w.double().mT, r).mT)
+    if linear.bias is not None:
+        linear.bias.copy_(turn(linear.bias.double(), r))
+
+
+def rotate_residual(model: Any, r: Tensor) -> None:
+    """Rotate the residual stream by `r`, `(hidden, hidden)`; norms must have been folded."""
+    family = family_of(model)
+    for path in (*family.embeddings, family.head):
+        rotate_inputs(model.get_submodule(path), r)
+    for block in model.get_submodule(family.blocks):
+        for name in family.readers:
+            rotate_inputs(block.get_submodule(name), r)
+        for name in family.writers:
+            rotate_outputs(block.get_submodule(name), r)
+
+
+def rotate_values(block: nn.Module, family: Family, r: Tensor) -> None:
+    """Rotate the values of every head of a decoder block by `r`, `(head_dim, head_dim)`, and undo it behind attention."""
+    rotate_outputs(block.get_submodule(family.value), r)  # type: ignore[arg-type]
+    rotate_inputs(block.get_submodule(family.writers[0]), r)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def rotate_online(linear: nn.Linear, n_heads: int | None = None) -> None:
+    """From now on, multiply the layer's input by a Hadamard matrix, and its weight to match.
+
+    Args:
+        n_heads: Multiply across the heads, H ⊗ I; otherwise over the whole width.
+
+    Raises:
+        ValueError: If no Hadamard matrix of that order is known.
+    """
+    w = linear.weight
+    w.copy_(_hadamard(w.double(), n_heads))
+    linear.register_forward_pre_hook(partial(_rotate_input, n_heads=n_heads))
+
+
+def is_rotated_online(linear: nn.Module) -> bool:
+    """Whether the input is rotated on its way in, so that no scale of it can be moved into another layer."""
+    hooks = linear._forward_pre_hooks.values()
+    return any(isinstance(hook, partial) and hook.func is _rotate_input for hook in hooks)
+
+
+def _rotate_input(_: nn.Module, args: tuple[Tensor, ...], n_heads: int | None) -> tuple[Tensor, ...]:
+    return (_hadamard(args[0], n_heads), *args[1:])
+
+
+def _hadamard(x: Tensor, n_heads: int | None) -> Tensor:
+    if n_heads is None:
+        return hadamard_transform(x)
+    return hadamard_transform(x.unflatten(-1, (n_heads, -1)).mT).mT.flatten(-2)
+
+
+@torch.no_grad()
+def fold_norms(model: Any) -> None:
+    """Make every norm of the residual stream an RMSNorm without gains; the head gets weights of its own.
+
+    Gains, and biases of LayerNorms, go into the layers behind the norms; the head may get a bias by it.
+
+    Raises:
+        NotImplementedError: If the model's norms do not stand between the residual stream and what reads it.
+    """
+    family = family_of(model)
+    if family.final_norm is None:
+        raise NotImplementedError(
+            "the residual stream of this model cannot be rotated: its norms are part of it (post-norm), or it has "
+            "projections or no norm at its end; use an algorithm without rotations"
+        )
+    _untie(model, family)
+    blocks = model.get_submodule(family.blocks)
+    if isinstance(model.get_submodule(family.final_norm), nn.LayerNorm):
+        for path in family.embeddings:
+            weight = model.get_submodule(path).weight
+            weight.copy_(_centred(weight, -1))
+        for writer in (block.get_submodule(name) for block in blocks for name in family.writers):
+            writer.weight.copy_(_centred(writer.weight, 0))
+            if writer.bias is not None:
+                writer.bias.copy_(_centred(writer.bias, 0))
+    for block in blocks:
+        for link in family.links:
+            if link.sinks[0] in family.readers:
+                assert link.source is not None
+                _fold(block, link.source, [block.get_submodule(name) for name in link.sinks])
+    _fold(model, family.final_norm, [model.get_submodule(family.head)])
+
+
+def _fold(parent: nn.Module, path: str, readers: list[nn.Linear]) -> None:
+    norm: Any = parent.get_submodule(path)
+    if norm.weight is not None:
+        gain = norm.weight.double()
+        for linear in readers:
+            w = linear.weight.double()
+            if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+                _add_bias(linear, w @ norm.bias.double())
+            linear.weight.copy_(w * gain)
+        norm.weight.fill_(1.0)
+    if isinstance(norm, nn.LayerNorm):
+        like = readers[0].weight
+        plain = nn.RMSNorm(norm.normalized_shape, norm.eps, dtype=like.dtype, device=like.device)
+        above, _, name = path.rpartition(".")
+        setattr(parent.get_submodule(above), name, plain.requires_grad_(False).train(norm.training))
+
+
+def _add_bias(linear: nn.Linear, bias: Tensor) -> None:
+    if linear.bias is None:
+        linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+    else:
+        linear.bias.copy_(linear.bias.double() + bias)
+
+
+def _centred(x: Tensor, axis: int) -> Tensor:
+    return x.double() - x.double().mean(axis, keepdim=True)
+
+
+def _untie(model: Any, family: Family) -> None:
+    """Give the head weights of its own, where it has those of the embedding."""
+    head, embedding = (model.get_submodule(path) for path in (family.head, family.embeddings[0]))
+    if head.weight is not embedding.weight:
+        return
+    head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+    # Other models may have been made from the same configuration.
+    shared, own = model.config, copy.deepcopy(model.config)
+    own.tie_word_embeddings = False
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
