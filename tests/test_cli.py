@@ -82,7 +82,7 @@ BAD = {
     "misspelt inner key": (["calib.n_sample=4"], "did you mean calib.n_samples"),
     "misspelt hyperparameter": (["algo=gptq", "algo.dampp=1"], "did you mean algo.damp"),
     "added hyperparameter": (["algo=gptq", "+algo.nonsense=1"], "unexpected keyword argument 'nonsense'"),
-    "bits out of range": (["wbits=9"], "integer grids have 2 to 8 bits, 9 were asked for"),
+    "bits out of range": (["wbits=9"], "integer grids have 1 to 8 bits, 9 were asked for"),
     "bits that are no number": (["wbits=four"], "wbits='four': input should be a valid integer"),
     "group size": (["group_size=100"], "group_size=100 does not divide the 128 inputs of self_attn.q_proj"),
     "calibration too small": (["algo=gptq", "calib.n_samples=1000000"], "lower calib.n_samples"),
@@ -94,7 +94,7 @@ BAD = {
     "group size zero": (["group_size=0"], "group_size is 0, it must be positive"),
     "hyperparameter of the wrong type": (["algo=gptq", "algo.damp=much"], "value of the wrong type"),
     "unknown attention": (["model.attn=fast"], "model.attn='fast': input should be"),
-    "KV without sdpa": (["kvbits=4", "model.attn=eager"], "KV quantization needs model.attn=sdpa"),
+    "KV without sdpa": (["kvbits=4", "model.attn=eager"], "quantization inside attention needs model.attn=sdpa"),
     "unknown device": (["device=gpu"], "not a device of torch"),
     "two results folders": (["-m", "results=a,b"], "one for a whole sweep"),
     "an empty grid": (["-m", "seed=range(0)"], "the grid is empty"),
@@ -140,7 +140,7 @@ def test_a_sweep_leaves_out_what_does_not_go_together_and_says_how_much_and_why(
     assert [r["labels"]["algo"] for r in records()] == ["fp", "rtn", "rtn"]
     captured = capfd.readouterr()
     assert "pruned 2 of 6 cells: SmoothQuant needs activation bits" in captured.err
-    assert "pruned 2 of 6 cells: integer grids have 2 to 8 bits, 9 were asked for" in captured.err
+    assert "pruned 2 of 6 cells: integer grids have 1 to 8 bits, 9 were asked for" in captured.err
     assert "3 run, 0 already done, 4 pruned" in captured.out
 
 
@@ -157,7 +157,7 @@ def test_a_hyperparameter_of_one_algorithm_concerns_its_cells_alone(qbench, capf
 
 
 def test_a_metric_that_is_not_finite_fails_the_job_and_not_the_sweep(qbench, monkeypatch):
-    monkeypatch.setattr("qbench.run.size_metrics", lambda model, scheme: {"bits_per_weight": float("nan")})
+    monkeypatch.setattr("qbench.run.size_metrics", lambda *_: {"bits_per_weight": float("nan")})
     assert qbench("algo=rtn", *QUIET) == 3
     assert records()[0]["reason"] == "FloatingPointError: not finite: bits_per_weight"
 
@@ -180,7 +180,7 @@ def test_a_model_in_half_precision_runs_through_every_algorithm(qbench):
 def test_a_job_that_fails_leaves_a_record_with_its_reason_and_the_sweep_goes_on(qbench, capfd, monkeypatch):
     from qbench.algorithms.gptq import GPTQ
 
-    def fail(self, block, scheme):
+    def fail(self, block):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(GPTQ, "process", fail)
@@ -197,7 +197,7 @@ def test_a_failed_job_is_run_again_by_the_same_command(qbench, monkeypatch):
     from qbench.algorithms.rtn import RTN
 
     with monkeypatch.context() as patch:
-        patch.setattr(RTN, "process", lambda self, block, scheme: 1 / 0)
+        patch.setattr(RTN, "process", lambda self, block: 1 / 0)
         assert qbench("algo=rtn", *QUIET) == 3
     assert qbench("algo=rtn", *QUIET) == 0
     assert [r["status"] for r in records()] == ["done"]
@@ -252,7 +252,7 @@ def test_a_failure_that_was_never_mirrored_does_not_replace_the_run_that_mended_
     from qbench.algorithms.rtn import RTN
 
     with monkeypatch.context() as patch:
-        patch.setattr(RTN, "process", lambda self, block, scheme: 1 / 0)
+        patch.setattr(RTN, "process", lambda self, block: 1 / 0)
         assert qbench("algo=rtn", *QUIET) == 3
     assert qbench("algo=rtn", *SMALL) == 0
     client = MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/results/mlflow.db")

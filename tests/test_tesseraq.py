@@ -28,7 +28,9 @@ def test_it_equals_its_formulas_written_out(bits, tokens):
     """On OPT, whose norms compute in float64; RMSNorm's float32 would decide over gradients that are nearly zero."""
     block = first_block(random_model("opt"), tokens, grouped_scheme(bits))
     weights = {f"{name}.weight": linear.weight.detach().clone() for name, linear in block.linears.items()}
-    algorithm = TesseraQ(soft=(0.8, 0.6, 0.4, 0.2, 0.1, 0.0), steps=3, batch_size=6, lr=0.1, scale_lr=0.01, decay=0.1)
+    algorithm = TesseraQ(
+        soft=(0.8, 0.6, 0.4, 0.2, 0.1, 0.0), steps=3, batch_size=6, lr=0.1, scale_lr=0.01, decay=0.1
+    )
     naive = reference.learn(
         lambda made: block.run(block.inputs.hidden, made), weights, block.float_outputs.hidden, bits, SIZE,
         algorithm.soft, algorithm.steps, algorithm.lr, algorithm.scale_lr, algorithm.decay,

@@ -61,7 +61,8 @@ class LoRA(Algorithm):
             f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in (A, B)
         }
         trained = {name: wide(part).clone() for name, part in adapters.items()}
-        assert block.inputs is not None and block.float_outputs is not None
+        assert block.inputs is not None
+        assert block.float_outputs is not None
         fit(
             block, "lora", lambda: {name: part.to(adapters[name].dtype) for name, part in trained.items()},
             adam((list(trained.values()), self.lr)),

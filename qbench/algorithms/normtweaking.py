@@ -54,7 +54,8 @@ class NormTweaking(Algorithm):
     def process(self, block: Block) -> None:
         norms = norm_parameters(block)
         trained = {name: wide(p).clone() for name, p in norms.items()}
-        assert block.inputs is not None and block.float_outputs is not None
+        assert block.inputs is not None
+        assert block.float_outputs is not None
         fit(
             block, "normtweaking", lambda: {name: p.to(norms[name].dtype) for name, p in trained.items()},
             adam((list(trained.values()), self.lr * (1 + self.scale * block.index / block.n_blocks))),

@@ -14,7 +14,7 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Could not find '([\w-]+)/([^']*)'", text):
         group, choice = match.groups()
         choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        near = difflib.get_close_matches(choice, choices, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(choice, choices, n=3, cutoff=0.6)
         return (
             f"unknown {group} {choice!r}; "
             + (f"did you mean {' or '.join(near)}? " if near else "")
