@@ -146,7 +146,7 @@ def test_status_without_a_sweep_says_what_to_do(qbench, capfd):
 def test_status_counts_what_is_done_and_what_failed(qbench, monkeypatch, capfd):
     from qbench.algorithms.gptq import GPTQ
 
-    monkeypatch.setattr(GPTQ, "process", lambda self, block, scheme: 1 / 0)
+    monkeypatch.setattr(GPTQ, "process", lambda self, block: 1 / 0)
     qbench("-m", "algo=rtn,gptq", "wbits=4,3", *QUIET)
     capfd.readouterr()
     assert qbench("status") == 0
@@ -187,7 +187,7 @@ def test_a_worker_without_a_sweep_says_so(qbench, capfd):
 def test_one_failed_job_of_many_is_explained_below_the_table(qbench, monkeypatch, capfd):
     from qbench.algorithms.gptq import GPTQ
 
-    def fail(self, block, scheme):
+    def fail(self, block):
         raise RuntimeError("a reason so long that it would push the numbers of the table off the screen")
 
     monkeypatch.setattr(GPTQ, "process", fail)
