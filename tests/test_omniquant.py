@@ -59,9 +59,7 @@ def test_the_error_of_every_block_is_less_than_that_of_rounding(name, scheme, to
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_transformations_are_learned_beyond_those_of_smoothquant(name, bmm, tokens):
     scheme = Scheme.of(4, 4, weight_symmetric=True, quant_bmm=bmm)
-    worse = quantize(
-        random_model(name), Pipeline((SmoothQuant(), OmniQuant(let=False), RTN())), scheme, tokens
-    )
+    worse = quantize(random_model(name), Pipeline((SmoothQuant(), RTN())), scheme, tokens)
     better = quantize(random_model(name), Pipeline((OmniQuant(), RTN())), scheme, tokens)
     assert better.errors[0] < worse.errors[0]
 
@@ -94,8 +92,8 @@ def test_queries_and_keys_are_transformed_where_their_product_is_quantized(bmm, 
 
 def test_learning_goes_on_from_the_grids_of_a_search(llama, tokens):
     scheme = Scheme.parse("w2a16g16")
-    *_, plain = after(random_model("llama"), tokens, scheme, OmniQuant(epochs=4))
-    *_, searched = after(llama, tokens, scheme, AWQClip(), OmniQuant(epochs=4))
+    *_, plain = after(random_model("llama"), tokens, scheme, OmniQuant())
+    *_, searched = after(llama, tokens, scheme, AWQClip(), OmniQuant())
     assert searched["omniquant_loss"][0] < plain["omniquant_loss"][0]
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbench.algorithms.base import Algorithm, Kind
-from qbench.algorithms.learn import adam, fit, steps_of
+from qbench.algorithms.learn import adam, falling, fit, steps_of
 from qbench.calib.block import Block
 from qbench.quant.grid import wide
 from qbench.quant.storage import FLOAT_BITS
@@ -30,7 +30,7 @@ class LoRA(Algorithm):
     Attributes:
         r: Rank of the adapters.
         alpha: `α`.
-        lr: Learning rate.
+        lr: Learning rate of the first step; it falls linearly to zero.
         epochs: Times each sample is met.
         batch_size: Samples for each step.
     """
@@ -63,12 +63,12 @@ class LoRA(Algorithm):
         trained = {name: wide(part).clone() for name, part in adapters.items()}
         assert block.inputs is not None
         assert block.float_outputs is not None
+        steps = steps_of(self.epochs, block.inputs, self.batch_size)
         fit(
             block, "lora", lambda: {name: part.to(adapters[name].dtype) for name, part in trained.items()},
             adam((list(trained.values()), self.lr)),
-            inputs=block.inputs, targets=block.float_outputs,
-            steps=steps_of(self.epochs, block.inputs, self.batch_size),
-            batch_size=self.batch_size, seed=self.seed,
+            inputs=block.inputs, targets=block.float_outputs, steps=steps, batch_size=self.batch_size,
+            seed=self.seed, schedule=falling(steps),
         )  # fmt: skip
         for name, part in adapters.items():
             part.copy_(trained[name])

@@ -32,7 +32,7 @@ class NormTweaking(Algorithm):
             `"mse"`: the mean squared error, as in LLMC.
     """
 
-    lr: float = 1e-3
+    lr: float = 1e-4
     scale: float = 1.0
     epochs: int = 1
     batch_size: int = 1

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from qbench.algorithms.base import Algorithm, Kind
-from qbench.algorithms.learn import adam, fit, steps_of
+from qbench.algorithms.learn import adam, constant, falling, fit, steps_of
 from qbench.algorithms.let import Edit, Parameters, initial_edits, transformed
 from qbench.algorithms.lwc import START, Clip
 from qbench.calib.block import Block
@@ -26,26 +26,31 @@ class OmniQuant(Algorithm):
 
     Grids that a step before has chosen are where the clipping starts.
 
+    The paper has 20 epochs of steps on one sample each, at constant rates of 0.01 and 0.005, for 128 samples. Larger
+    rates that fall to zero reach the same losses in an eighth of the steps.
+
     Attributes:
         lwc: Learn clipping.
         let: Learn transformations; `None`: where the scheme has activation bits, as in the paper for LLaMA.
-        epochs: Times each sample is met; the paper has 20, and 40 at 2 bits.
-        batch_size: Samples for each step of the optimizer; the paper has 1.
-        lwc_lr, let_lr: Learning rates, in units of logits, and of log-scales and shifts.
+        epochs: Times each sample is met.
+        batch_size: Samples for each step of the optimizer.
+        lwc_lr, let_lr: Learning rates: of clipping's logits, and of log-scales and shifts.
+        decay: Let the rates fall linearly to zero.
         alpha: Share of the activations' range in the first scales, as in SmoothQuant.
         aug_loss: Also stay near what the floating-point block makes of the quantized path's input; `None`: where
             weights have 2 bits or fewer, as in the authors' scripts.
+        seed: Of the samples' order.
     """
 
     lwc: bool = True
     let: bool | None = None
-    epochs: int = 20
-    batch_size: int = 1
-    lwc_lr: float = 1e-2
-    let_lr: float = 5e-3
+    epochs: int = 10
+    batch_size: int = 4
+    lwc_lr: float = 0.2
+    let_lr: float = 0.05
+    decay: bool = True
     alpha: float = 0.5
     aug_loss: bool | None = None
-    decay: bool = True
     seed: int = 0
 
     kind: ClassVar[Kind] = "clip"
@@ -77,22 +82,24 @@ class OmniQuant(Algorithm):
         if not edits and not (clips and self.lwc):
             return
         own: Parameters = dict(block.layer.named_parameters())
-        logits = [x for clip in clips.values() for x in clip.logits] if self.lwc else []
-        assert block.inputs is not None
-        fit(
-            block, "omniquant", lambda: _quantized(own, edits, clips),
-            adam((logits, self.lwc_lr), ([x for edit in edits for x in edit.trained], self.let_lr)),
-            inputs=block.inputs, targets=self._targets(block),
-            steps=(steps := steps_of(self.epochs, block.inputs, self.batch_size)),
-            batch_size=self.batch_size, seed=self.seed,
-            schedule=(lambda step: 1 - step / steps) if self.decay else (lambda step: 1.0),
-        )  # fmt: skip
-        wide = {name: p.double() for name, p in own.items()}
-        for name, parameter in transformed(wide, edits).items():
+        self._fit(block, own, edits, clips)
+        for name, parameter in transformed({n: p.double() for n, p in own.items()}, edits).items():
             own[name].copy_(parameter)
         for name, clip in clips.items():
             if self.lwc or name in block.grids:
                 block.grids[name] = clip.grid(own[f"{name}.weight"])
+
+    def _fit(self, block: Block, own: Parameters, edits: list[Edit], clips: dict[str, Clip]) -> None:
+        """Train, in place, what `edits` and `clips` are made of."""
+        assert block.inputs is not None
+        logits = [x for clip in clips.values() for x in clip.logits] if self.lwc else []
+        steps = steps_of(self.epochs, block.inputs, self.batch_size)
+        fit(
+            block, "omniquant", lambda: _quantized(own, edits, clips),
+            adam((logits, self.lwc_lr), ([x for edit in edits for x in edit.trained], self.let_lr)),
+            inputs=block.inputs, targets=self._targets(block), steps=steps, batch_size=self.batch_size,
+            seed=self.seed, schedule=falling(steps) if self.decay else constant,
+        )  # fmt: skip
 
     def _clips_in(self, scheme: Scheme) -> bool:
         return self.lwc and any(spec.bits > 1 for spec in scheme.weights)

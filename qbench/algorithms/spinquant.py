@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.learn import TREMBLE
 from qbench.algorithms.quarot import random_rotation
 from qbench.calib.block import Block
 from qbench.errors import Unsuitable
@@ -22,9 +23,6 @@ from qbench.models.family import family_of, head_dim_of
 from qbench.models.learned_rotation import rotated
 from qbench.models.rotate import fold_norms, rotate_online, rotate_residual, rotate_values
 from qbench.quant.scheme import Scheme
-
-# A loss that has grown by less has not: where quantization costs next to nothing, steps only make it tremble.
-TREMBLE = 0.005
 
 
 @dataclass(frozen=True)
