@@ -68,6 +68,22 @@ def test_only_jobs_of_one_scheme_and_evaluation_meet():
         compare(records, samples({"rtn": 0.0, "gptq": 0.0}), "rtn")
 
 
+def test_a_departure_from_a_plain_scheme_is_compared_with_the_plain_one():
+    records = [
+        record("rtn"),
+        record("rtn", "w4a16-sym"),
+        record("hqq", "w4a16-rz"),
+        record("gptq", "w4a16-sym"),
+    ]
+    frame = compare(records, samples({"rtn": 0.0, "hqq": -0.02, "gptq": -0.01}), "rtn")
+    met = {(row.algo, row.scheme): row.baseline_scheme for row in frame.itertuples()}
+    assert met == {
+        ("hqq", "w4a16-rz"): "w4a16",
+        ("gptq", "w4a16-sym"): "w4a16-sym",
+        ("rtn", "w4a16-sym"): "w4a16",
+    }
+
+
 def test_a_baseline_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no job with algo=rtn is recorded; there are gptq"):
         compare([record("gptq")], samples({}), "rtn")

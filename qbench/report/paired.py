@@ -19,6 +19,9 @@ _SURE = 0.01
 def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -> pd.DataFrame:
     """Perplexities of every job beside those of the algorithm `against` with the same model, scheme and evaluation.
 
+    Where that algorithm was not run with a job's scheme it is met in the plain scheme of the same bits and groups: HQQ,
+    whose zero-points are real, is compared with rounding to integer ones, and a cache in KIVI's layout with the usual one.
+
     The test is a paired t-test of the windows' mean negative log-likelihood. P-values are corrected for their number by
     Holm's method, over all comparisons of one metric.
 
@@ -26,8 +29,8 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
         samples: The samples of a fingerprint: columns `metric`, `item`, `value`.
 
     Returns:
-        One row per job and metric: model, scheme, algo, setting, bits, metric, value, baseline, change (of the
-        perplexity, relative), n (windows), p.
+        One row per job and metric: model, scheme, algo, setting, bits, metric, value, baseline, baseline_scheme, change
+        (of the perplexity, relative), n (windows), p.
 
     Raises:
         ValueError: If no job of that algorithm is there, or none that it could be compared with.
@@ -47,8 +50,9 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
 
     rows = []
     for record in done:
-        other = base.get(_meets(record))
-        if other is None or record["labels"]["algo"] in (against, "fp"):
+        alike = (base.get(_meets(record)), base.get(_meets(record, plain=True)))
+        other = next((found for found in alike if found is not None and found is not record), None)
+        if other is None or record["labels"]["algo"] == "fp":
             continue
         both = windows(record["fingerprint"]).merge(windows(other["fingerprint"]), on=["metric", "item"])
         for metric, items in both[both["metric"].str.startswith("ppl/")].groupby("metric"):
@@ -58,6 +62,7 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
                 "model": labels["model"], "scheme": labels["scheme"], "algo": labels["algo"],
                 "setting": settings[record["fingerprint"]], "bits": record["metrics"]["bits_per_weight"],
                 "metric": metric, "value": record["metrics"][metric], "baseline": other["metrics"][metric],
+                "baseline_scheme": other["labels"]["scheme"],
                 "change": float(np.expm1(delta.mean())), "n": len(delta), "p": _paired(delta),
             })  # fmt: skip
     if not rows:
@@ -67,8 +72,10 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
     return frame
 
 
-def _meets(record: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(record["identity"][key]) for key in ("model", "scheme", "evaluation"))
+def _meets(record: dict[str, Any], plain: bool = False) -> tuple[str, ...]:
+    """What two jobs must share; of the scheme, its bits and groups if `plain`: the departures from them are left out."""
+    model, scheme, evaluation = (str(record["identity"][key]) for key in ("model", "scheme", "evaluation"))
+    return model, scheme.partition("-")[0] if plain else scheme, evaluation
 
 
 def _paired(delta: np.ndarray) -> float:
