@@ -46,7 +46,9 @@ def test_a_difference_far_below_the_spread_of_windows_is_found():
     assert frame["n"].item() == WINDOWS
     assert frame["p"].item() < 1e-6
     assert frame["change"].item() == pytest.approx(np.expm1(-0.02), abs=0.005)
-    assert "*" in table(frame, "ppl/docs").iloc[0]["w4a16"]
+    shown = table(frame, "ppl/docs").set_index("algo")["w4a16"]
+    assert shown["rtn"] == "10", "the baseline comes first"
+    assert "*" in shown["gptq"]
 
 
 def test_the_p_value_is_that_of_a_paired_t_test():
@@ -59,7 +61,7 @@ def test_the_p_value_is_that_of_a_paired_t_test():
 def test_no_difference_is_no_evidence():
     frame = compare([record("rtn"), record("same")], lambda _: samples({"rtn": 0.0})("rtn-"), "rtn")
     assert frame["p"].item() == 1.0
-    assert "*" not in table(frame, "ppl/docs").iloc[0]["w4a16"]
+    assert "*" not in table(frame, "ppl/docs").set_index("algo").loc["same", "w4a16"]
 
 
 def test_only_jobs_of_one_scheme_and_evaluation_meet():
@@ -82,6 +84,9 @@ def test_a_departure_from_a_plain_scheme_is_compared_with_the_plain_one():
         ("gptq", "w4a16-sym"): "w4a16-sym",
         ("rtn", "w4a16-sym"): "w4a16",
     }
+    shown = table(frame, "ppl/docs")
+    assert shown["algo"].tolist() == ["rtn", "rtn -sym", "hqq -rz", "gptq"]
+    assert shown.columns.tolist() == ["model", "algo", "w4a16", "w4a16-sym"]
 
 
 def test_a_baseline_that_is_not_there_is_named():

@@ -1,5 +1,6 @@
 """Is an algorithm better than another on the same windows? Differences, item by item, with a test of each."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
         samples: The samples of a fingerprint: columns `metric`, `item`, `value`.
 
     Returns:
-        One row per job and metric: model, scheme, algo, setting, bits, metric, value, baseline, baseline_scheme, change
-        (of the perplexity, relative), n (windows), p.
+        One row per job and metric: model, scheme, algo, setting, bits, metric, value, against, baseline,
+        baseline_scheme, change (of the perplexity, relative), n (windows), p.
 
     Raises:
         ValueError: If no job of that algorithm is there, or none that it could be compared with.
@@ -61,7 +62,8 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
             rows.append({
                 "model": labels["model"], "scheme": labels["scheme"], "algo": labels["algo"],
                 "setting": settings[record["fingerprint"]], "bits": record["metrics"]["bits_per_weight"],
-                "metric": metric, "value": record["metrics"][metric], "baseline": other["metrics"][metric],
+                "metric": metric, "value": record["metrics"][metric],
+                "against": against, "baseline": other["metrics"][metric],
                 "baseline_scheme": other["labels"]["scheme"],
                 "change": float(np.expm1(delta.mean())), "n": len(delta), "p": _paired(delta),
             })  # fmt: skip
@@ -91,17 +93,33 @@ def holm(p: "pd.Series[float]") -> "pd.Series[float]":
 
 
 def table(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Algorithms down, schemes across: perplexity and its change, with `*` where p < 0.01."""
+    """Algorithms down, the baseline's schemes across: perplexity and its change, with `*` where p < 0.01.
+
+    The baseline comes first. What a scheme departs in from the baseline's stands behind the algorithm's name.
+    """
     chosen = frame[frame["metric"] == metric]
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for _, row in chosen.iterrows():
+        cells.setdefault((row["model"], row["against"], ""), {})[row["baseline_scheme"]] = (
+            f"{row['baseline']:.4g}"
+        )
+    for _, row in chosen.iterrows():
         text = f"{row['value']:.4g} ({row['change']:+.1%}{'*' if row['p'] < _SURE else ''})"
-        key = (row["model"], row["algo"], row["setting"])
-        cells.setdefault(key, {})[row["scheme"]] = text
-    index = ["model", "algo", "setting"]
-    rows = [dict(zip(index, key, strict=True)) | columns for key, columns in cells.items()]
-    found = pd.DataFrame(rows, columns=[*index, *dict.fromkeys(chosen["scheme"])]).fillna("")
+        departure = row["scheme"].removeprefix(row["baseline_scheme"])
+        key = (row["model"], f"{row['algo']} {departure}".strip(), row["setting"])
+        cells.setdefault(key, {})[row["baseline_scheme"]] = text
+    index, models = ["model", "algo", "setting"], list(dict.fromkeys(chosen["model"]))
+    rows = [
+        dict(zip(index, key, strict=True)) | columns
+        for key, columns in sorted(cells.items(), key=lambda cell: models.index(cell[0][0]))
+    ]
+    schemes = sorted(chosen["baseline_scheme"].unique(), key=_many_bits_first)
+    found = pd.DataFrame(rows, columns=[*index, *schemes]).fillna("")
     return found if found["setting"].any() else found.drop(columns="setting")
+
+
+def _many_bits_first(scheme: str) -> tuple[list[int], str]:
+    return [-int(bits or 16) for bits in re.findall(r"^w(\d+)a(\d+)(?:kv(\d+))?", scheme)[0]], scheme
 
 
 def show(frame: pd.DataFrame, against: str, console: Console) -> None:
