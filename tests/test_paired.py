@@ -89,6 +89,15 @@ def test_a_departure_from_a_plain_scheme_is_compared_with_the_plain_one():
     assert shown.columns.tolist() == ["model", "algo", "w4a16", "w4a16-sym"]
 
 
+def test_what_costs_more_bits_than_the_baseline_says_so():
+    dear = record("gptq") | {"metrics": {"ppl/docs": 10.0, "bits_per_weight": 4.75}}
+    cheap = record("awq") | {"metrics": {"ppl/docs": 10.0, "bits_per_weight": 4.52}}
+    frame = compare([record("rtn"), dear, cheap], samples({"rtn": 0.0, "gptq": -0.02, "awq": 0.0}), "rtn")
+    shown = table(frame, "ppl/docs").set_index("algo")["w4a16"]
+    assert shown["gptq"].endswith(" 4.75 bits")
+    assert "bits" not in shown["awq"]
+
+
 def test_a_baseline_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no job with algo=rtn is recorded; there are gptq"):
         compare([record("gptq")], samples({}), "rtn")

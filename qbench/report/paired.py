@@ -15,6 +15,7 @@ from qbench.report.tables import file_name, print_table, save
 
 Samples = Callable[[str], list[dict[str, Any]]]
 _SURE = 0.01
+_PAID = 0.05  # bits per weight, all of the model
 
 
 def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -> pd.DataFrame:
@@ -31,7 +32,7 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
 
     Returns:
         One row per job and metric: model, scheme, algo, setting, bits, metric, value, against, baseline,
-        baseline_scheme, change (of the perplexity, relative), n (windows), p.
+        baseline_scheme, baseline_bits, change (of the perplexity, relative), n (windows), p.
 
     Raises:
         ValueError: If no job of that algorithm is there, or none that it could be compared with.
@@ -65,6 +66,7 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
                 "metric": metric, "value": record["metrics"][metric],
                 "against": against, "baseline": other["metrics"][metric],
                 "baseline_scheme": other["labels"]["scheme"],
+                "baseline_bits": other["metrics"]["bits_per_weight"],
                 "change": float(np.expm1(delta.mean())), "n": len(delta), "p": _paired(delta),
             })  # fmt: skip
     if not rows:
@@ -95,7 +97,8 @@ def holm(p: "pd.Series[float]") -> "pd.Series[float]":
 def table(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Algorithms down, the baseline's schemes across: perplexity and its change, with `*` where p < 0.01.
 
-    The baseline comes first. What a scheme departs in from the baseline's stands behind the algorithm's name.
+    The baseline comes first. What a scheme departs in from the baseline's stands behind the algorithm's name, and bits
+    per weight behind a change that was paid for.
     """
     chosen = frame[frame["metric"] == metric]
     cells: dict[tuple[str, ...], dict[str, str]] = {}
@@ -105,6 +108,8 @@ def table(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
         )
     for _, row in chosen.iterrows():
         text = f"{row['value']:.4g} ({row['change']:+.1%}{'*' if row['p'] < _SURE else ''})"
+        if abs(row["bits"] - row["baseline_bits"]) >= _PAID:
+            text += f" {row['bits']:.2f} bits"
         departure = row["scheme"].removeprefix(row["baseline_scheme"])
         key = (row["model"], f"{row['algo']} {departure}".strip(), row["setting"])
         cells.setdefault(key, {})[row["baseline_scheme"]] = text
