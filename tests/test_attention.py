@@ -288,7 +288,7 @@ def test_a_cache_that_forgot_part_of_a_group_is_refused(tokens):
     use_quantized_attention(model)
     for layer in layers_of(model):
         quantize_attention(layer, LAYOUTS["kivi"], None)
-    with pytest.raises(ValueError, match=r"need all of the sequence; pass past_key_values=DynamicCache\(\)"):
+    with pytest.raises(ValueError, match=r"need all of the sequence; pass an empty DynamicCache\(\)"):
         model(tokens[:, :1], past_key_values=cache, use_cache=True)
     assert isinstance(model(tokens, past_key_values=DynamicCache()).past_key_values, DynamicCache)
 

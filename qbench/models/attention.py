@@ -201,5 +201,5 @@ def _keep_key_groups(
     """Where keys share scales along tokens, a cache must not forget part of a group at a sliding window's edge."""
     specs = map(attention_spec, model.modules())
     if any(spec and spec.kv and spec.kv.key_by_channel for spec in specs):
-        kwargs = keep_whole_past(model.config, kwargs)
+        kwargs = keep_whole_past(model, kwargs)
     return args, kwargs

@@ -12,12 +12,13 @@ R = 0 they wait for their group alone, F = G: a scale that G tokens share cannot
 Where queries differ in what they see, scores of both kinds of keys are computed and each takes its own; so with values.
 """
 
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.grid import fake_quantize
+from qbench.quant.grid import fake_quantize, wide
 from qbench.quant.scheme import KVSpec
 from qbench.quant.spec import QuantSpec
 
@@ -98,7 +99,8 @@ def attend(
         part = slice(start, start + rows)
         seen = _seen(mask[:, :, part])
         k, v, old_k, old_v = (x[:, :, seen] for x in (key, value, old_key, old_value))
-        scores = _scores(query[:, :, part], k, old_k, cache.key_is_old[:, :, part, seen])
+        is_old = cache.key_is_old[:, :, part, seen]
+        scores = _scores(wide(query[:, :, part]), wide(k), wide(old_k), is_old)
         p = _softmax(scores * scaling, softcap, mask[:, :, part, seen]).to(v.dtype)
         outputs.append(_weighted_sum(p, v, old_v, cache.value_is_old[:, :, part, seen]))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
@@ -113,7 +115,7 @@ def _check_covered(dropout: float, kwargs: dict[str, Any]) -> None:
         )
 
 
-def keep_whole_past(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def keep_whole_past(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A model's arguments with a cache that forgets nothing in place of an empty one that keeps a sliding window.
 
     Masks still hide what has left the window.
@@ -121,17 +123,19 @@ def keep_whole_past(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    cache = kwargs.get("past_key_values")
+    names = ("cache", "past_key_values")  # since transformers 5.24, and before
+    name = next(name for name in names if name in signature(model.forward).parameters)
+    cache = next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
     if cache is None:
         if kwargs.get("use_cache") is False:
             return kwargs
-        cache = DynamicCache(config=config)
+        cache = DynamicCache(config=model.config)
     if cache.get_seq_length() == 0:
         cache.layers = [
             DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
             for layer in cache.layers
         ]
-    return kwargs | {"past_key_values": cache}
+    return {key: value for key, value in kwargs.items() if key not in names} | {name: cache}
 
 
 def _padding(kv_len: int, position_ids: Tensor | None) -> Tensor:
@@ -143,7 +147,7 @@ def _padding(kv_len: int, position_ids: Tensor | None) -> Tensor:
     if (padding < 0).any():
         raise ValueError(
             f"the cache holds {kv_len} keys at position {int(last.max())}, and keys by channel need all of the "
-            "sequence; pass past_key_values=DynamicCache() to the model, which keeps more than a sliding window"
+            "sequence; pass an empty DynamicCache() to the model, which keeps more than a sliding window"
         )
     return padding
 
