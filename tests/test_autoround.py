@@ -1,5 +1,6 @@
 """AutoRound against its Algorithm 1 written out, and what must hold of learned rounding."""
 
+import contextlib
 from dataclasses import dataclass
 
 import pytest
@@ -99,10 +100,25 @@ def test_a_step_has_one_length_and_ends_at_the_bounds(bounds):
     torch.testing.assert_close(x.detach(), expected.to(x))
 
 
-def test_the_learning_rate_just_reaches_the_bounds(llama, tokens):
-    """The steps' lengths add up to one half: Σ (1 − t / n) / n for t < n is (n + 1) / 2n."""
-    n = AutoRound().steps
-    assert sum((1 - t / n) / n for t in range(n)) == pytest.approx(0.5, abs=1 / n)
+@pytest.mark.parametrize(("share", "expected"), [(None, 0.5), (0.5, 10 / 36)])
+def test_the_default_learning_rate_just_reaches_the_bounds(share, expected, llama, tokens, monkeypatch):
+    """Steps of one direction add up to Σ (1 − t / n) lr = lr (n + 1) / 2, or to the bound of one half."""
+    step, trained, steps = SignSGD.step, [], 9
+
+    def one_direction(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = torch.full_like(p, -1.0)
+        step(self)
+        trained[:] = self.param_groups[0]["params"]
+
+    monkeypatch.setattr(SignSGD, "step", one_direction)
+    block = first_block(llama, tokens, grouped_scheme(4))
+    with contextlib.suppress(FloatingPointError):  # nobody learns by going one way
+        AutoRound(steps, share and share / steps, clip=False, keep_best=False).process(block)
+    assert trained
+    for offset in trained:
+        torch.testing.assert_close(offset, torch.full_like(offset, expected))
 
 
 def test_the_best_step_is_kept():

@@ -16,6 +16,8 @@ from qbench.models.family import family_of
 from qbench.quant.grid import choose_qparams, grouped
 from qbench.quant.scheme import Scheme
 
+from .conftest import random_model
+
 # What defaults cannot show on models as small as these, or would show slowly.
 QUICK = {
     "OWQ": {"extra_bits": 1.0},  # a tenth of a bit does not pay for one channel of each layer
@@ -231,6 +233,18 @@ def test_the_batch_size_does_not_matter(algorithm, llama, tokens):
         for a, b in zip(llama.parameters(), twin.parameters(), strict=True)
     ]
     assert all(same)
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ALL if a.kind != "transform"], ids=name)
+def test_a_block_in_floating_point_is_left_alone(algorithm, tokens):
+    """In float32, where a loss that should be nothing is not quite zero."""
+    scheme = replace(accepted(algorithm, "w4a8", "w4a8g16"), overrides=(("0.*", Scheme()),))
+    model = random_model("llama").float()
+    before = copy.deepcopy(model.model.layers[0].state_dict())
+    quantize(model, as_pipeline(algorithm), scheme, tokens)
+    after = model.model.layers[0].state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(p, after[key]) for key, p in before.items())
 
 
 @pytest.mark.parametrize("algorithm", ALL, ids=name)

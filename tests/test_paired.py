@@ -98,6 +98,27 @@ def test_what_costs_more_bits_than_the_baseline_says_so():
     assert "bits" not in shown["awq"]
 
 
+def test_overrides_are_bits_and_no_departure():
+    records = [record("rtn"), record("owq", "w4a16-sym-[down_proj:w8a16]"), record("gptq", "w4a16-sym")]
+    frame = compare(records, samples({"rtn": 0.0, "owq": -0.02, "gptq": -0.01}), "rtn")
+    assert frame["algo"].tolist() == ["gptq"]
+
+
+def test_a_baseline_is_calibrated_on_the_same_data():
+    def seeded(algo, seed):
+        one = record(algo)
+        identity = one["identity"] | {"calib": {"name": "docs", "seed": seed}}
+        return one | {"fingerprint": f"{algo}-{seed}", "identity": identity}
+
+    rows, of = [seeded("gptq", 0), seeded("gptq", 1), seeded("awq", 1)], samples({"gptq": 0.0, "awq": -0.02})
+    met = []
+    frame = compare(rows, lambda fingerprint: met.append(fingerprint) or of(fingerprint), "gptq")
+    assert frame["algo"].tolist() == ["awq"]
+    assert met == ["awq-1", "gptq-1"]
+    with pytest.raises(ValueError, match="2 jobs could be the baseline of awq"):
+        compare([*rows[:2], seeded("awq", 2)], of, "gptq")
+
+
 def test_a_baseline_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no job with algo=rtn is recorded; there are gptq"):
         compare([record("gptq")], samples({}), "rtn")

@@ -236,7 +236,7 @@ def test_each_unit_and_width_is_a_job_and_the_table_has_their_divergence(qbench,
     assert qbench(*command) == 0
     out = capfd.readouterr().out
     assert "gate+up" in out
-    frame = pd.read_csv("results/tables/sensitivity-nano-llama-rtn-in-component.csv")
+    frame = pd.read_csv("results/tables/sensitivity-nano-llama-rtn-g128-in-component.csv")
     assert sorted(zip(frame["unit"], frame["bits"], strict=True)) == [
         (unit, bits) for unit in ("down", "gate+up", "o", "qkv") for bits in (2, 4)
     ]
@@ -275,7 +275,7 @@ def test_what_is_recorded_is_not_measured_again(qbench, capfd):
 
 def test_leaving_a_unit_out_is_measured_against_quantizing_everything(qbench):
     assert qbench("sensitivity", "mode=out", "by=component", "bits=2", *SMALL) == 0
-    frame = pd.read_csv("results/tables/sensitivity-nano-llama-rtn-out-component.csv").set_index("unit")
+    frame = pd.read_csv("results/tables/sensitivity-nano-llama-rtn-g128-out-component.csv").set_index("unit")
     schemes = {r["identity"]["scheme"]: r["fingerprint"] for r in STORE.all()}
     every, but_down = schemes["w2a16g128"], schemes["w2a16g128-[mlp.down_proj:w16a16]"]
     kl = [

@@ -2,8 +2,11 @@
 
 import pytest
 
+from qbench.algorithms.autoround import AutoRound
 from qbench.algorithms.base import Pipeline
+from qbench.algorithms.dgq import DGQ
 from qbench.algorithms.gptq import GPTQ
+from qbench.algorithms.mse import MSEClip
 from qbench.algorithms.rtn import RTN
 from qbench.algorithms.smoothquant import SmoothQuant
 from qbench.errors import Unsuitable
@@ -70,13 +73,54 @@ def test_an_order_that_makes_no_sense_is_refused_before_loading():
 
 def test_a_choice_that_a_rounder_would_ignore_is_refused():
     class Stubborn(RTN):
-        uses_grids = False
+        uses = frozenset()
 
     class Clip(RTN):
         kind = "clip"
 
     with pytest.raises(Unsuitable, match="chooses its own grids"):
         Pipeline((Clip(), Stubborn()))
+
+
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        ("[hqq,mse,rtn]", "MSEClip chooses its own grids"),
+        ("[hqq,lwc,rtn]", "OmniQuant chooses its own grids"),
+        ("[dgq,lwc,rtn]", "OmniQuant chooses its own grids"),
+        ("[dgq,autoround]", "AutoRound chooses its own grids"),
+        ("[dgq,tesseraq]", "TesseraQ chooses its own grids"),
+        ("[mse,spqr]", "SpQR chooses its own grids"),
+        ("[awq_clip,awq_clip,rtn]", "AWQClip chooses its own grids"),
+        ("[gptq,lora,lora]", "do one thing twice"),
+        ("[quarot,spinquant,rtn]", "do one thing twice"),
+        ("[smoothquant,quarot,rtn]", "QuaRot rewrites the whole model before SmoothQuant meets a block"),
+    ],
+)
+def test_a_step_that_another_would_undo_is_refused_with_the_reason(steps, problem):
+    with pytest.raises(Unsuitable, match=problem):
+        job_of("algo=custom", f"algo.steps={steps}", "real_zero=true", "abits=8")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "[mse,hqq,rtn]",
+        "[awq_clip,lwc,gptq]",
+        "[dgq,gptq]",
+        "[hqq,autoround]",
+        "[quarot,smoothquant,mse,gptq]",
+    ],
+)
+def test_steps_that_go_on_from_one_another_are_not(steps):
+    job_of("algo=custom", f"algo.steps={steps}", "real_zero=true", "abits=8")
+
+
+def test_groups_that_gptq_chooses_itself_are_chosen_by_no_clip():
+    with pytest.raises(Unsuitable, match="GPTQ chooses its own grids"):
+        Pipeline((MSEClip(), GPTQ(act_order=False, static_groups=False)))
+    Pipeline((MSEClip(), GPTQ()))
+    Pipeline((DGQ(), AutoRound(clip=False)))
 
 
 @pytest.mark.parametrize("step", STEPS)

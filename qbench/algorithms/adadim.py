@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.algorithms.gptq import GPTQ
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
@@ -39,7 +39,7 @@ class AdaDim(Algorithm):
     compensate: bool = False
 
     kind: ClassVar[Kind] = "round"
-    uses_grids: ClassVar[bool] = False
+    uses: ClassVar[frozenset[Choice]] = frozenset()
     uses_kept: ClassVar[bool] = False
     on_grid: ClassVar[bool] = False
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.algorithms.learn import fit, squared_error
 from qbench.calib.block import Block
 from qbench.errors import Unsuitable
@@ -53,6 +53,10 @@ class AutoRound(Algorithm):
     kind: ClassVar[Kind] = "round"
     needs_float_path: ClassVar[bool] = True
 
+    @property
+    def uses(self) -> frozenset[Choice]:  # type: ignore[override]
+        return frozenset({"scales", "zeros"}) if self.clip else super().uses
+
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or (self.lr is not None and self.lr <= 0):
             raise ValueError(
@@ -63,6 +67,11 @@ class AutoRound(Algorithm):
     def check(self, scheme: Scheme) -> None:
         self._check_weights(scheme)
         for spec in scheme.weights:
+            if spec.granularity == "block":
+                raise Unsuitable(
+                    "AutoRound learns scales of rows, and the rows of a block share theirs",
+                    f"the scheme is {scheme}; set weight_granularity=auto",
+                )
             if spec.format != "int" or spec.bits == 1:
                 raise Unsuitable(
                     "AutoRound's offsets are fractions of the step between neighbouring integers",

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
 from qbench.errors import Unsuitable
@@ -44,6 +44,7 @@ class AWQClip(Algorithm):
     ends: Literal["together", "apart", "magnitude"] = "together"
 
     kind: ClassVar[Kind] = "clip"
+    uses: ClassVar[frozenset[Choice]] = frozenset()
     revision: ClassVar[int] = 2
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from qbench.errors import Unsuitable
 from qbench.quant.scheme import Scheme
 
 Kind = Literal["transform", "select", "allocate", "clip", "round", "tune"]
+# What a clip decides of a grid: its scales, real zero-points, or scales that are integers times the row's.
+Choice = Literal["scales", "zeros", "multiples"]
 ORDER: tuple[Kind, ...] = ("transform", "select", "allocate", "clip", "round", "tune")
 
 
@@ -38,8 +41,10 @@ class Algorithm(ABC):
         runs_model: Whether `prepare` runs the model, which is then on the device as a whole.
         on_grid: Of a rounder: whether the weights lie on the scheme's grid as they are; not if their grid is one in
             another basis (QuIP).
-        uses_grids, uses_kept: Of a rounder: whether it honours what clips and selections before it have chosen. A
-            pipeline refuses those before a rounder that does not.
+        chooses: Of a clip: what it decides of the grids.
+        uses: Of a clip or a rounder: which of these it starts from or leaves as they are. A pipeline refuses a clip
+            before a step that would undo it.
+        uses_kept: Of a rounder: whether it honours what selections before it have chosen.
         uses_bits: Of a clip or a rounder: whether the groups of a layer may differ in width. A pipeline refuses an
             allocation before one that would give all of them the scheme's.
     """
@@ -50,7 +55,8 @@ class Algorithm(ABC):
     needs_float_path: ClassVar[bool] = False
     runs_model: ClassVar[bool] = False
     on_grid: ClassVar[bool] = True
-    uses_grids: ClassVar[bool] = True
+    chooses: ClassVar[frozenset[Choice]] = frozenset({"scales"})
+    uses: ClassVar[frozenset[Choice]] = frozenset({"scales", "zeros", "multiples"})
     uses_kept: ClassVar[bool] = True
     uses_bits: ClassVar[bool] = False
 
@@ -114,21 +120,25 @@ class Pipeline(Algorithm):
         self._check_honoured()
 
     def _check_honoured(self) -> None:
-        rounder = next(step for step in self if step.kind == "round")
-        honoured = {"clip": rounder.uses_grids, "select": rounder.uses_kept}
-        for step in self:
-            if not honoured.get(step.kind, True):
-                what = {"clip": "grids", "select": "channels to keep"}[step.kind]
+        """Refuse a step that a later one would undo, or overtake.
+
+        Raises:
+            Unsuitable: Naming both.
+        """
+        for step, later in combinations(self, 2):
+            if problem := _undone(step, later):
                 raise Unsuitable(
-                    f"{type(rounder).__name__} chooses its own {what}",
-                    f"{type(step).__name__} before it would have no effect; leave it out",
+                    problem, f"{type(step).__name__} before it would have no effect; leave it out"
                 )
-        uniform = [s for s in self if s.kind in ("clip", "round") and not s.uses_bits]
-        for step in self:
-            if step.kind == "allocate" and uniform:
+            if type(step) is type(later) or (_rewrites_model(step) and _rewrites_model(later)):
                 raise Unsuitable(
-                    f"{type(uniform[0]).__name__} gives all groups of a layer one width",
-                    f"{type(step).__name__} before it would have no effect; leave it out, or choose round=rtn or gptq",
+                    f"{type(step).__name__} and then {type(later).__name__} do one thing twice",
+                    "leave one of them out",
+                )
+            if _rewrites_model(later):
+                raise Unsuitable(
+                    f"{type(later).__name__} rewrites the whole model before {type(step).__name__} meets a block",
+                    "name it first",
                 )
 
     def __iter__(self) -> Iterator[Algorithm]:
@@ -161,3 +171,19 @@ class Pipeline(Algorithm):
 
     def identity(self) -> dict[str, Any]:
         return {"name": "Pipeline", "steps": [step.identity() for step in self]}
+
+
+def _undone(step: Algorithm, later: Algorithm) -> str:
+    """How a later step of a pipeline makes an earlier one useless; empty if it does not."""
+    name = type(later).__name__
+    if step.kind == "clip" and later.kind in ("clip", "round") and step.chooses - later.uses:
+        return f"{name} chooses its own grids"
+    if step.kind == "select" and later.kind == "round" and not later.uses_kept:
+        return f"{name} chooses its own channels to keep"
+    if step.kind == "allocate" and later.kind in ("clip", "round") and not later.uses_bits:
+        return f"{name} gives all groups of a layer one width"
+    return ""
+
+
+def _rewrites_model(step: Algorithm) -> bool:
+    return type(step).prepare is not Algorithm.prepare

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qbench.algorithms.awq_clip import shrunk
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
 from qbench.errors import Unsuitable
@@ -43,6 +43,8 @@ class DGQ(Algorithm):
     shrink_units: float = 0.82
 
     kind: ClassVar[Kind] = "clip"
+    chooses: ClassVar[frozenset[Choice]] = frozenset({"scales", "multiples"})
+    uses: ClassVar[frozenset[Choice]] = frozenset()
 
     def __post_init__(self) -> None:
         if min(self.n_grid, self.n_units) < 1 or not all(0 < s < 1 for s in (self.shrink, self.shrink_units)):

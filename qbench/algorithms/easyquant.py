@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.calib.block import Block
 from qbench.errors import Unsuitable
 from qbench.quant.grid import QParams, choose_qparams, group_sum, grouped, round_to_grid, wide
@@ -37,6 +37,7 @@ class EasyQuant(Algorithm):
     steps: int = 100
 
     kind: ClassVar[Kind] = "clip"
+    uses: ClassVar[frozenset[Choice]] = frozenset()
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

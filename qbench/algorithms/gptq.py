@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
 from qbench.errors import Unsuitable
@@ -50,6 +50,10 @@ class GPTQ(Algorithm):
 
     kind: ClassVar[Kind] = "round"
     uses_bits: ClassVar[bool] = True
+
+    @property
+    def uses(self) -> frozenset[Choice]:  # type: ignore[override]
+        return super().uses if self.static_groups else frozenset()
 
     def __post_init__(self) -> None:
         if self.damp <= 0:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.calib.block import Block
 from qbench.errors import Unsuitable
 from qbench.quant.grid import QParams, choose_qparams, group_sum, grouped, round_to_grid, wide
@@ -41,6 +41,8 @@ class HQQ(Algorithm):
     steps: int = 20
 
     kind: ClassVar[Kind] = "clip"
+    chooses: ClassVar[frozenset[Choice]] = frozenset({"zeros"})
+    uses: ClassVar[frozenset[Choice]] = frozenset({"scales"})
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ def fit(
     """Train what `weights` depends on until the block's output on `inputs` is near `targets`.
 
     The block runs with `weights()` in place of its own parameters, and with its inputs quantized as the scheme has
-    it; nothing of the block is changed.
+    it; nothing of the block is changed. There is nothing to learn where the loss is that of the dtype's own rounding.
 
     Args:
         name: Of the method, for messages and for the report.
@@ -76,9 +76,11 @@ def fit(
     def mean_loss() -> float:
         return _mean_loss(block, weights, inputs, targets, loss, batch_size)
 
+    least = _rounding(targets, loss)
+
     with block.quantized_activations():
         before = _finite(mean_loss(), block, name, "before its first step")
-        for step in range(steps if before else 0):
+        for step in range(steps if before > least else 0):
             if not queue:
                 queue = list(torch.randperm(len(inputs.hidden), generator=generator).split(batch_size))
             batch = queue.pop()
@@ -107,6 +109,13 @@ def _finite(loss: float, block: Block, name: str, when: str) -> float:
             f"block {block.index}: {name} met a loss of {loss} {when}; lower its learning rate, or use float32"
         )
     return loss
+
+
+@torch.no_grad()
+def _rounding(targets: Stream, loss: Loss) -> float:
+    """The loss of outputs that are off by the dtype's machine epsilon."""
+    target = wide(targets.hidden[:1])
+    return loss(target * (1 + torch.finfo(targets.hidden.dtype).eps), target).item()
 
 
 @torch.no_grad()

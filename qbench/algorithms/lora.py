@@ -18,6 +18,7 @@ from qbench.algorithms.base import Algorithm, Kind
 from qbench.algorithms.learn import adam, falling, fit, steps_of
 from qbench.calib.block import Block
 from qbench.quant.grid import wide
+from qbench.quant.scheme import Scheme
 from qbench.quant.storage import FLOAT_BITS
 
 A, B, SCALING = "lora_a", "lora_b", "lora_scaling"
@@ -51,10 +52,15 @@ class LoRA(Algorithm):
                 f"LoRA has r={self.r}, epochs={self.epochs} and batch_size={self.batch_size}; all must be at least 1"
             )
 
+    def check(self, scheme: Scheme) -> None:
+        self._check_weights(scheme)
+
     @torch.no_grad()
     def process(self, block: Block) -> None:
         generator = torch.Generator().manual_seed(self.seed + block.index)
         layers = {name: layer for name, layer in block.linears.items() if block.weight_spec(name) is not None}
+        if not layers:
+            return
         for layer in layers.values():
             add_adapter(layer, self.r, self.alpha / self.r, generator)
         adapters = {

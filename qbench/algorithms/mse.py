@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
 from qbench.errors import Unsuitable
@@ -37,6 +37,7 @@ class MSEClip(Algorithm):
     weighted: bool = False
 
     kind: ClassVar[Kind] = "clip"
+    uses: ClassVar[frozenset[Choice]] = frozenset()
 
     def __post_init__(self) -> None:
         if not 0 < self.max_shrink < 1 or self.max_shrink * self.n_grid < 1:

@@ -20,6 +20,8 @@ from qbench.quant.grid import wide
 class NormTweaking(Algorithm):
     """Train gains and biases of norms; weights stay on their grids.
 
+    In half precision small steps may move no gain, which is an error; how many moved is in the report.
+
     The target is the floating-point block on the floating-point path. The paper feeds it the quantized path's input,
     but here the weights are rounded already.
 
@@ -56,6 +58,7 @@ class NormTweaking(Algorithm):
         trained = {name: wide(p).clone() for name, p in norms.items()}
         assert block.inputs is not None
         assert block.float_outputs is not None
+        start = {name: p.clone() for name, p in trained.items()}
         fit(
             block, "normtweaking", lambda: {name: p.to(norms[name].dtype) for name, p in trained.items()},
             adam((list(trained.values()), self.lr * (1 + self.scale * block.index / block.n_blocks))),
@@ -63,8 +66,18 @@ class NormTweaking(Algorithm):
             steps=steps_of(self.epochs, block.inputs, self.batch_size),
             batch_size=self.batch_size, seed=self.seed,
         )  # fmt: skip
+        learned = any(not torch.equal(p, start[name]) for name, p in trained.items())
+        moved = 0
         for name, p in norms.items():
+            before = p.clone()
             p.copy_(trained[name])
+            moved += int((p != before).sum())
+        if learned and not moved:
+            raise FloatingPointError(
+                f"block {block.index}: norm tweaking moved no gain, its steps are below what "
+                f"{next(iter(norms.values())).dtype} tells apart; use model.dtype=float32, or a larger lr"
+            )
+        block.report["normtweaking_moved"] = moved / sum(p.numel() for p in norms.values())
 
 
 def norm_parameters(block: Block) -> dict[str, Tensor]:

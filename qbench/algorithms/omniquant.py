@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.algorithms.learn import adam, constant, falling, fit, steps_of
 from qbench.algorithms.let import Edit, Parameters, initial_edits, transformed
 from qbench.algorithms.lwc import START, Clip
@@ -54,6 +54,7 @@ class OmniQuant(Algorithm):
     seed: int = 0
 
     kind: ClassVar[Kind] = "clip"
+    uses: ClassVar[frozenset[Choice]] = frozenset({"scales"})
     needs_float_path: ClassVar[bool] = True
     uses_bits: ClassVar[bool] = True
 
@@ -77,8 +78,8 @@ class OmniQuant(Algorithm):
 
     @torch.no_grad()
     def process(self, block: Block) -> None:
-        edits = initial_edits(block, self.alpha) if self._transforms_in(block.scheme) else []
         clips = self._clips(block)
+        edits = initial_edits(block, self.alpha) if self._transforms(block, bool(clips)) else []
         if not edits and not (clips and self.lwc):
             return
         own: Parameters = dict(block.layer.named_parameters())
@@ -106,6 +107,11 @@ class OmniQuant(Algorithm):
 
     def _transforms_in(self, scheme: Scheme) -> bool:
         return bool(scheme.activations) if self.let is None else self.let
+
+    def _transforms(self, block: Block, has_grids: bool) -> bool:
+        """Whether there is something in this block that transformations can help: the scheme may leave out blocks."""
+        inputs = any(block.activation_spec(name) is not None for name in block.linears)
+        return inputs if self.let is None else self.let and (inputs or has_grids)
 
     def _clips(self, block: Block) -> dict[str, Clip]:
         most = START if self.lwc else torch.inf

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.algorithms.gptq import GPTQ
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
@@ -45,7 +45,7 @@ class QuIP(Algorithm):
 
     kind: ClassVar[Kind] = "round"
     on_grid: ClassVar[bool] = False
-    uses_grids: ClassVar[bool] = False
+    uses: ClassVar[frozenset[Choice]] = frozenset()
     uses_kept: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.algorithms.gptq import GPTQ
 from qbench.algorithms.sba import salience
 from qbench.calib.block import Block
@@ -47,7 +47,7 @@ class SQC(Algorithm):
     true_sequential: bool = True
 
     kind: ClassVar[Kind] = "round"
-    uses_grids: ClassVar[bool] = False
+    uses: ClassVar[frozenset[Choice]] = frozenset()
     uses_bits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.algorithms.gptq import inverse_factor
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
@@ -48,7 +48,7 @@ class SpQR(Algorithm):
     true_sequential: bool = True
 
     kind: ClassVar[Kind] = "round"
-    uses_grids: ClassVar[bool] = False
+    uses: ClassVar[frozenset[Choice]] = frozenset()
     uses_kept: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.algorithms.base import Algorithm, Kind
+from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.algorithms.learn import fit
 from qbench.calib.block import Block
 from qbench.errors import Unsuitable
@@ -76,6 +76,10 @@ class TesseraQ(Algorithm):
     kind: ClassVar[Kind] = "round"
     needs_float_path: ClassVar[bool] = True
 
+    @property
+    def uses(self) -> frozenset[Choice]:  # type: ignore[override]
+        return frozenset({"scales", "zeros"}) if self.scale_lr else super().uses
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "soft", tuple(self.soft))
         falling = all(a > b for a, b in zip(self.soft, self.soft[1:], strict=False))
@@ -90,6 +94,11 @@ class TesseraQ(Algorithm):
     def check(self, scheme: Scheme) -> None:
         self._check_weights(scheme)
         for spec in scheme.weights:
+            if spec.granularity == "block":
+                raise Unsuitable(
+                    "TesseraQ learns scales of rows, and the rows of a block share theirs",
+                    f"the scheme is {scheme}; set weight_granularity=auto",
+                )
             if spec.format != "int":
                 raise Unsuitable(
                     "TesseraQ chooses between two neighbouring integers",

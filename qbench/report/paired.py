@@ -38,7 +38,10 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
         ValueError: If no job of that algorithm is there, or none that it could be compared with.
     """
     done = [r for r in records if r["status"] == "done"]
-    base = {_meets(r): r for r in done if r["labels"]["algo"] == against}
+    base: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in done:
+        if record["labels"]["algo"] == against:
+            base.setdefault(_meets(record), []).append(record)
     if not base:
         known = sorted({r["labels"]["algo"] for r in done})
         raise ValueError(f"no job with algo={against} is recorded; there are {', '.join(known) or 'none'}")
@@ -52,8 +55,7 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
 
     rows = []
     for record in done:
-        alike = (base.get(_meets(record)), base.get(_meets(record, plain=True)))
-        other = next((found for found in alike if found is not None and found is not record), None)
+        other = _baseline(record, base, settings)
         if other is None or record["labels"]["algo"] == "fp":
             continue
         both = windows(record["fingerprint"]).merge(windows(other["fingerprint"]), on=["metric", "item"])
@@ -76,10 +78,33 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
     return frame
 
 
+def _baseline(
+    record: dict[str, Any], base: dict[tuple[str, ...], list[dict[str, Any]]], settings: "pd.Series[str]"
+) -> dict[str, Any] | None:
+    """The job to compare with, calibrated on the same data where there is one; `None` for the baseline itself.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    found = base.get(_meets(record), [])
+    if not found or any(r is record for r in found):
+        plain = _meets(record, plain=True)
+        found = base.get(plain, []) if plain != _meets(record) else []
+    same = [r for r in found if r["identity"]["calib"] == record["identity"]["calib"]]
+    if len(found := same or found) > 1:
+        raise ValueError(
+            f"{len(found)} jobs could be the baseline of {record['labels']['algo']} {record['labels']['scheme']}: "
+            + " or ".join(repr(settings[r["fingerprint"]]) for r in found)
+            + "; keep all but one of them under another results="
+        )
+    return found[0] if found else None
+
+
 def _meets(record: dict[str, Any], plain: bool = False) -> tuple[str, ...]:
-    """What two jobs must share; of the scheme, its bits and groups if `plain`: the departures from them are left out."""
+    """What two jobs must share; of the scheme only bits, groups and overrides if `plain`, no other departures."""
     model, scheme, evaluation = (str(record["identity"][key]) for key in ("model", "scheme", "evaluation"))
-    return model, scheme.partition("-")[0] if plain else scheme, evaluation
+    whole, bracket, overrides = scheme.partition("-[")
+    return model, whole.partition("-")[0] + bracket + overrides if plain else scheme, evaluation
 
 
 def _paired(delta: np.ndarray) -> float:

@@ -76,6 +76,16 @@ class Measurements:
         """The config of one job."""
         return self.base | {"wbits": bits, "scheme": {"overrides": overrides}}
 
+    def setting(self) -> list[str]:
+        """What tells these measurements from others of the same model and algorithm, for the name of a file."""
+        group, abits, calib = (
+            self.base["group_size"],
+            self.base["abits"],
+            next(iter(self.jobs.values())).calib,
+        )
+        parts = (group and f"g{group}", abits < FLOAT_BITS and f"a{abits}", calib and calib.name)
+        return [str(part) for part in parts if part]
+
     def text(self, bits: int) -> str:
         """What an override says for these bits; a layer's input is quantized where its weight is."""
         return _FLOAT if bits == FLOAT_BITS else f"w{bits}a{self.base['abits']}"

@@ -35,7 +35,7 @@ def report(found: Measurements, failed: Sequence[Record]) -> None:
     how = "one unit quantized" if request.mode == "in" else "one unit quantized beside all others"
     if effects:
         print_effects(effects, f"{name}, {how}", console)
-        parts = ("sensitivity", *name.split(), request.mode, *request.by.split(","))
+        parts = ("sensitivity", *name.split(), *found.setting(), request.mode, *request.by.split(","))
         path = Path(found.base["results"]).parent / "tables" / f"{'-'.join(parts)}.csv"
         write_effects(effects, path)
         say(console, f"table     {path}", f"records   {found.store.records}")
