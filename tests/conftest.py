@@ -1,6 +1,7 @@
 """Tiny random models: every law must hold on CPU, offline, in seconds."""
 
 import atexit
+import copy
 import os
 import shutil
 import sys
@@ -57,7 +58,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def random_model(name: str) -> nn.Module:
     """A random model with outlier channels, in float64 so that laws hold to rounding error."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa").double().eval()
+    config = copy.deepcopy(
+        CONFIGS[name]
+    )  # saving a model writes its dtype into it, which makes other random weights
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
             if "norm" in parameter_name and parameter_name.endswith("weight"):

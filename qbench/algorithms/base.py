@@ -130,7 +130,8 @@ class Pipeline(Algorithm):
                 raise Unsuitable(
                     problem, f"{type(step).__name__} before it would have no effect; leave it out"
                 )
-            if type(step) is type(later) or (_rewrites_model(step) and _rewrites_model(later)):
+            again = type(step) is type(later) and step.kind != "select"  # selections add up
+            if again or (_rewrites_model(step) and _rewrites_model(later)):
                 raise Unsuitable(
                     f"{type(step).__name__} and then {type(later).__name__} do one thing twice",
                     "leave one of them out",
