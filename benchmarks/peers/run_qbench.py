@@ -12,7 +12,7 @@ from qbench.sweep.shipped import CONF
 def main() -> None:
     request = read_request()
     config = OmegaConf.load(CONF / "algo" / f"{request['method']}.yaml")
-    algorithm, scheme = instantiate(config), Scheme.parse("w4a16g128")
+    algorithm, scheme = instantiate(config, _convert_="all"), Scheme.parse("w4a16g128")
     model = load_model(request["model"], request["dtype"])
     _, figures = measured(
         lambda: quantize(model, algorithm, scheme, request["tokens"], batch_size=request["batch_size"]),
