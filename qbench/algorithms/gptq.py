@@ -171,10 +171,12 @@ def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:
     """
     gram = gram[order][:, order].double()
     damped = gram + damp * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    # With rows and columns reversed, the lower factor of H is an upper one, R Rᵀ = H, and R⁻¹ is the factor of H⁻¹:
+    # one factorization in place of two and an inverse.
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed:
         raise torch.linalg.LinAlgError(
             f"GPTQ: the damped Hessian of {len(gram)} inputs is not positive definite (minor {int(failed)}); "
             f"raise algo.damp above {damp}, or calibrate with more tokens"
         )
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(gram)).to(gram), upper=True)
