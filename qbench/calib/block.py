@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qbench.calib.causal import forward_only
 from qbench.calib.observers import Observer
 from qbench.calib.stages import Stages
 from qbench.calib.stream import Enough, Stream, hidden_of
@@ -212,7 +213,7 @@ class Block:
 
             return update
 
-        with torch.no_grad(), ExitStack() as stack:
+        with forward_only(), ExitStack() as stack:
             for link in links:
                 handle = self.linear(link.sinks[0]).register_forward_pre_hook(hook(link))
                 stack.callback(handle.remove)

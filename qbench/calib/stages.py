@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+
+from qbench.calib.causal import forward_only
 
 
 class Stages:
@@ -61,6 +62,6 @@ class Stages:
     def _resume(self, index: int) -> Any:
         running = self._running[index]
         with (
-            torch.no_grad()
-        ):  # the mode belongs to the thread: it holds inside, and not for whoever is called between
+            forward_only()
+        ):  # modes belong to the thread: they hold inside, and not for whoever is called between
             return running.switch() if running else running.switch(self._batches[index])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbench.calib.causal import forward_only
 from qbench.models.family import Family
 
 
@@ -23,11 +24,11 @@ class Stream:
     """
 
     hidden: Tensor
-    batch_size: int = 8
+    batch_size: int = 2
 
     def through(self, layer: nn.Module, kwargs: dict[str, Any], device: torch.device) -> "Stream":
         """The hidden states leaving `layer`."""
-        with torch.no_grad():
+        with forward_only():
             return self.of([hidden_of(layer(h.to(device), **kwargs)).cpu() for h in self.batches()])
 
     def batches(self) -> tuple[Tensor, ...]:
@@ -57,7 +58,7 @@ class Enough(Exception):
 FirstInputs = tuple[Stream, list[dict[str, Any]]]
 
 
-def first_inputs(model: Any, family: Family, tokens: Tensor, batch_size: int = 8) -> FirstInputs:
+def first_inputs(model: Any, family: Family, tokens: Tensor, batch_size: int = 2) -> FirstInputs:
     """Run the model with every block stubbed out, recording what each block is called with.
 
     `tokens` is `(n_samples, seq_len)`. Samples are equally long and unpadded, so masks and position
