@@ -36,7 +36,7 @@ TORCH = "torch==2.13.0"
 SYSTEMS = ("qbench", *PACKAGES)
 # Samples run together: qbench's default; the others' too. With 8, GPTQ of llmcompressor and gptqmodel took as long (within
 # 4 %) and 100 to 130 MB more; not tried for inc and for AWQ.
-BATCH_SIZE = {"qbench": 8, "llmcompressor": 1, "gptqmodel": 1, "inc": 1}
+BATCH_SIZE = {"qbench": 2, "llmcompressor": 1, "gptqmodel": 1, "inc": 1}
 # Of weights and arithmetic where it is not float32, which is the faster on a processor without half-precision products.
 # gptqmodel's AWQ refuses float32, and where it is made to accept it, its search overwrites the weights that it means
 # to restore (what should be a copy of them, in float32, is then no copy).

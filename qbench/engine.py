@@ -55,7 +55,7 @@ def quantize(
     tokens: Tensor | None = None,
     *,
     propagate_error: bool = True,
-    batch_size: int = 8,
+    batch_size: int = 2,
     error_samples: int = 4,
     first: FirstInputs | None = None,
     device: torch.device | str = "cpu",

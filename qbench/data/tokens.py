@@ -29,7 +29,7 @@ class CalibrationSet:
     seq_len: int = 2048
     propagate_error: bool = True
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int = 2
 
     def __post_init__(self) -> None:
         if self.name not in (choices := [*known(), "random"]):

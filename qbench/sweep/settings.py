@@ -41,7 +41,7 @@ class CalibSettings(_Strict):
     n_samples: int
     seq_len: int
     propagate_error: bool = True
-    batch_size: int = 8
+    batch_size: int = 2
 
 
 class EvalSettings(_Strict):
