@@ -185,6 +185,26 @@ def test_a_pass_in_stages_sees_what_passes_one_by_one_see(name, tokens, monkeypa
     assert torch.equal(outputs, expected)
 
 
+def test_gram_matrices_follow_scales_and_need_no_other_pass(llama, tokens, monkeypatch):
+    """They are remembered until something else changes, and handed out once."""
+    block, passes = blocks_of(llama, tokens)[0], []
+    block.layer.register_forward_pre_hook(lambda *_: passes.append(1))
+    block.observe(AbsMean, Gram)
+    for link in filter(block.scalable, block.links):
+        block.migrate(link, torch.rand(block.sinks(link)[0].in_features).to(tokens.device).double() + 0.5)
+    passes.clear()
+    followed = block.observe(Gram)
+    assert not passes
+    for link, (gram,) in block.observe(Gram).items():
+        torch.testing.assert_close(followed[link][0], gram)
+    assert passes
+    block.migrate(block.links[0], torch.full((block.sinks(block.links[0])[0].in_features,), 2.0))
+    block.linear("self_attn.v_proj").weight.mul_(0.5)
+    passes.clear()
+    block.observe(Gram)
+    assert passes
+
+
 def test_outputs_are_not_remembered_past_a_change(llama, tokens):
     block = blocks_of(llama, tokens)[0]
     for _ in block.sequential(Gram):

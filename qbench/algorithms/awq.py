@@ -20,7 +20,7 @@ from qbench.calib.block import Block
 from qbench.calib.observers import AbsMean, Gram
 from qbench.models.family import Link, head_dim_of
 from qbench.models.rotate import is_rotated_online
-from qbench.models.surgery import migrate_scale, scale_columns, scale_rows
+from qbench.models.surgery import scale_columns, scale_rows
 from qbench.quant.grid import fake_quantize, grouped
 from qbench.quant.output_error import output_error, row_chunks
 from qbench.quant.scheme import Scheme
@@ -57,11 +57,11 @@ class AWQScale(Algorithm):
 
     @torch.no_grad()
     def process(self, block: Block) -> None:
-        links = [
-            k for k in block.links if any(block.alike(k)) and (block.scalable(k) or self._shares(block, k))
-        ]
-        # One pass serves all links: a link's scale is undone by its sinks, so no later input feels it.
-        for link, (gram, mean) in block.observe(Gram, AbsMean, links=links).items():
+        # One pass serves all links: a link's scale is undone by its sinks, so no later input feels it. Links without
+        # scales are observed too, for the clipping that follows.
+        for link, (gram, mean) in block.observe(Gram, AbsMean).items():
+            if not any(block.alike(link)) or not (block.scalable(link) or self._shares(block, link)):
+                continue
             assert link.source is not None
             weights = [
                 (torch.cat([block.linear(name).weight for name in names]).to(gram), spec)
@@ -72,9 +72,7 @@ class AWQScale(Algorithm):
             ]
             relative = relative_magnitude(layers).to(mean) if self.duo else None
             if block.scalable(link):
-                migrate_scale(
-                    block[link.source], block.sinks(link), self.search(weights, gram, mean, relative)
-                )
+                block.migrate(link, self.search(weights, gram, mean, relative))
                 continue
             heads = _heads(block, link)
             mean, relative = (x if x is None else _tied(x, heads).flatten() for x in (mean, relative))

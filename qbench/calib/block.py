@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qbench.calib.causal import forward_only
-from qbench.calib.observers import Observer
+from qbench.calib.observers import Gram, Observer
 from qbench.calib.stages import Stages
 from qbench.calib.stream import Enough, Stream, hidden_of
 from qbench.models.attention import attention_spec, quantize_attention
 from qbench.models.family import Family, Link
 from qbench.models.hooks import quantized_inputs
 from qbench.models.rotate import is_rotated_online
+from qbench.models.surgery import migrate_scale
 from qbench.quant.grid import QParams
 from qbench.quant.mixed import choose_mixed
 from qbench.quant.scheme import Scheme
@@ -63,6 +64,7 @@ class Block:
     report: dict[str, Any] = field(default_factory=dict)
     n_blocks: int = 1
     _left: dict[tuple[Any, ...], Stream] = field(default_factory=dict)
+    _grams: dict[tuple[Any, ...], dict[Link, Tensor]] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -151,6 +153,19 @@ class Block:
         weight = self[link.source].get_parameter("weight")
         return weight.shape[0] == self.linear(link.sinks[0]).in_features
 
+    def migrate(self, link: Link, s: Tensor) -> None:
+        """Divide a link's input by `s`, `(in,)`, and multiply its sinks' columns; Gram matrices that are known follow.
+
+        Raises:
+            ValueError: As `migrate_scale` does.
+        """
+        assert link.source is not None, "nothing produces the sinks' input"
+        known = self._grams.pop(self._state(), {})
+        migrate_scale(self[link.source], self.sinks(link), s)
+        if link in known:
+            known[link] = known[link] / s / s[:, None]
+        self._grams[self._state()] = known
+
     @contextmanager
     def quantized_activations(self) -> Iterator[None]:
         """Fake-quantize the layers' inputs, keys, values and products as the scheme has it while the context lasts.
@@ -188,6 +203,7 @@ class Block:
         assert self.inputs is not None, "a data-free algorithm asked for activations"
         if (known := self._left.get(self._state())) is not None:
             return known if n_samples is None else known.head(n_samples)
+        self._grams.clear()
         inputs = self.inputs if n_samples is None else self.inputs.head(n_samples)
         return inputs.through(self.layer, self.kwargs, self.device)
 
@@ -196,10 +212,15 @@ class Block:
     ) -> dict[Link, tuple[Tensor, ...]]:
         """Statistics, one of each kind, of the input that the sinks of a link share; one pass over the data.
 
-        The pass stops, batch by batch, at the last layer that is observed.
+        The pass stops, batch by batch, at the last layer that is observed. There is none where only Gram matrices
+        are asked for and those of the last pass hold still: nothing has changed since but scales, by `migrate`.
         """
         assert self.inputs is not None, "a data-free algorithm asked for activations"
         links = self.links if links is None else links
+        known = self._grams.get(self._state(), {})
+        self._grams.clear()
+        if kinds == (Gram,) and all(link in known for link in links):
+            return {link: (known[link],) for link in links}
         observers = {link: tuple(make() for make in kinds) for link in links}
         waiting: set[Link] = set()
 
@@ -224,7 +245,10 @@ class Block:
                 except Enough:
                     continue
                 raise RuntimeError(f"block {self.index} never ran {', '.join(k.sinks[0] for k in waiting)}")
-        return {link: tuple(o.value for o in observers[link]) for link in links}
+        values = {link: tuple(o.value for o in observers[link]) for link in links}
+        if Gram in kinds:
+            self._grams[self._state()] = {link: v[kinds.index(Gram)] for link, v in values.items()}
+        return values
 
     def sequential(self, *kinds: Callable[[], Observer]) -> Iterator[tuple[Link, tuple[Tensor, ...]]]:
         """Statistics of one link after another; what is done to a link is seen by the links behind it.
