@@ -37,7 +37,7 @@ SYSTEMS = ("qbench", *PACKAGES)
 # Samples run together: qbench's default; the others' too. With 8, GPTQ of llmcompressor and gptqmodel took as long (within
 # 4 %) and 100 to 130 MB more; not tried for inc and for AWQ.
 BATCH_SIZE = {"qbench": 2, "llmcompressor": 1, "gptqmodel": 1, "inc": 1}
-# Of weights and arithmetic where it is not float32, which is the faster on a processor without half-precision products.
+# Of weights and arithmetic where it is not `--dtype`.
 # gptqmodel's AWQ refuses float32, and where it is made to accept it, its search overwrites the weights that it means
 # to restore (what should be a copy of them, in float32, is then no copy).
 DTYPE = {("gptqmodel", "awq"): "bfloat16"}
@@ -90,7 +90,7 @@ def measure(
     run.mkdir()
     request = {
         "model": str(folder / "model"), "tokens": str(tokens), "method": method, "core": options.core,
-        "batch_size": BATCH_SIZE[system], "dtype": DTYPE.get((system, method), "float32"),
+        "batch_size": BATCH_SIZE[system], "dtype": DTYPE.get((system, method), options.dtype),
         "out": str(run / "model"), "answer": str(run / "answer.json"),
     }  # fmt: skip
     (run / "request.json").write_text(json.dumps(request))
@@ -218,6 +218,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=("gptq", "awq"), default=["gptq", "awq"])
     parser.add_argument("--samples", nargs=2, type=int, default=(128, 512), metavar=("N", "LENGTH"))
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and arithmetic; bfloat16 is the faster where the processor has products of it; use another --work",
+    )
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("--force", action="store_true", help="measure again what has a record")
     parser.add_argument(
