@@ -88,7 +88,7 @@ BAD = {
     "calibration too small": (["algo=gptq", "calib.n_samples=1000000"], "lower calib.n_samples"),
     "no calibration": (["algo=gptq", "calib.n_samples=0"], "calib.n_samples is 0, it must be at least 1"),
     "missing folder": (["model=hf", "model.id=./nowhere"], "model folder 'nowhere' does not exist"),
-    "no model id": (["model=hf"], "model.id has no value"),
+    "no model id": (["model=hf"], ": model.id has no value"),
     "smoothquant without activations": (["algo=smoothquant"], "SmoothQuant needs activation bits"),
     "gptq without weights": (["algo=gptq", "wbits=16", "abits=8"], "GPTQ works on weights"),
     "group size zero": (["group_size=0"], "group_size is 0, it must be positive"),

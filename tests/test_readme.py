@@ -51,6 +51,19 @@ def test_there_are_two_set_up_commands():
     assert '".[dev]"' in second
 
 
+def test_the_algorithm_of_the_readme_quantizes(llama, tokens):
+    from qbench.engine import quantize
+    from qbench.quant.scheme import Scheme
+
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (config,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    names: dict = {"__name__": "mine"}
+    exec(compile(code, "mine.py", "exec"), names)
+    path, strength = (line.split(": ")[1] for line in config.splitlines()[1:3])
+    mine = names[path.rpartition(".")[2]](strength=float(strength))
+    assert quantize(llama, mine, Scheme.parse("w4a16g16"), tokens).errors[0] > 0
+
+
 @pytest.mark.slow
 def test_the_main_job_gives_the_numbers_that_the_readme_promises(folder):
     """Nine jobs and the baseline; fp < w4 < w3 < w2 for each algorithm; GPTQ and AWQ beat RTN at 3 bits."""

@@ -66,6 +66,11 @@ def test_what_is_no_algorithm_is_refused_with_the_reason(algo, problem):
         in_full(algo)
 
 
+def test_steps_that_round_nothing_are_refused_before_loading():
+    with pytest.raises(Unsuitable, match="algo=mse rounds nothing"):
+        job_of("algo=custom", "algo.steps=[mse]")
+
+
 def test_an_order_that_makes_no_sense_is_refused_before_loading():
     with pytest.raises(ValueError, match=r"got GPTQ .* -> SmoothQuant"):
         job_of("algo=custom", "algo.steps=[gptq,smoothquant]", "scheme=w8a8")

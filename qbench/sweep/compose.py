@@ -222,7 +222,7 @@ def plain(config: DictConfig, algo: str) -> dict[str, Any]:
         if not OmegaConf.is_config(value):
             values[str(key)] = value
             continue
-        for missing in sorted(OmegaConf.missing_keys(value)):
-            raise MissingMandatoryValue(f"Missing mandatory value: {key!s}.{missing}")
+        for missing in sorted(OmegaConf.missing_keys(value)):  # named from the root on
+            raise MissingMandatoryValue(f"Missing mandatory value: {missing}")
         values[str(key)] = OmegaConf.to_container(value, resolve=True)
     return values | {"algo_name": algo}

@@ -218,6 +218,8 @@ class Jobs:
         name = title(asked.algo_name, config["algo"])
         algorithm = self._once("algorithm", config["algo"], partial(build_algorithm, name))
         is_float = isinstance(algorithm, FloatingPoint)
+        if algorithm.kind != "round":
+            raise Unsuitable(f"algo={name} rounds nothing", "end it with a rounder, such as algo.round=rtn")
         scheme = Scheme() if is_float else self._scheme(asked, config["scheme"])
         if scheme.is_float and not is_float:
             raise Unsuitable(f"algo={name} has nothing to quantize at w16a16", "set wbits, abits or kvbits")
