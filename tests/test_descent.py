@@ -50,7 +50,7 @@ def test_distillation_trains_weights_through_their_rounding_on_the_floating_poin
     def loss(w):
         return (output(block, x, {name: snapped(v) for name, v in w.items()}) - target).square().mean()
 
-    trained = descend(loss, weights, [rate] * STEPS)
+    trained = descend(loss, weights, [rate * (1 - t / STEPS) for t in range(STEPS)])
     LKD(steps=STEPS, batch_size=len(tokens), lr=rate).process(block)
     for name, w in trained.items():
         torch.testing.assert_close(block.layer.get_parameter(name), snapped(w), **CLOSE)

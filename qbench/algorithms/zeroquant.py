@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qbench.algorithms.base import Algorithm, Kind
-from qbench.algorithms.learn import adam, fit
+from qbench.algorithms.learn import adam, falling, fit
 from qbench.calib.block import Block
 from qbench.quant.grid import choose_qparams, fake_quantize, wide
 from qbench.quant.scheme import Scheme
@@ -29,7 +29,8 @@ class LKD(Algorithm):
 
     Attributes:
         steps, batch_size: Of the optimizer, and samples for each.
-        lr: Adam's learning rate; 5e-6 in the authors' example for BERT, which moves few weights to another grid point.
+        lr: Adam's first learning rate, which falls linearly to zero; 5e-6 in the authors' example for BERT, which moves
+            few weights to another grid point.
     """
 
     steps: int = 100
@@ -38,6 +39,7 @@ class LKD(Algorithm):
     seed: int = 0
 
     kind: ClassVar[Kind] = "round"
+    revision: ClassVar[int] = 2
     needs_float_path: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class LKD(Algorithm):
         fit(
             block, "lkd", weights, adam(([*trained.values()], self.lr)),
             inputs=block.float_inputs, targets=block.float_outputs,
-            steps=self.steps, batch_size=self.batch_size, seed=self.seed,
+            steps=self.steps, batch_size=self.batch_size, seed=self.seed, schedule=falling(self.steps),
         )  # fmt: skip
         for name, w in weights().items():
             block.layer.get_parameter(name).copy_(w)
