@@ -23,7 +23,7 @@ from qbench.calib import observers
 from qbench.calib.block import Block
 from qbench.calib.stages import Stages
 from qbench.calib.stream import Stream
-from qbench.data.tokens import CalibrationSet
+from qbench.data.calibration import CalibrationSet
 from qbench.engine import needs_data, quantize
 from qbench.models.family import family_of
 from qbench.models.load import ModelRef

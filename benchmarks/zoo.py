@@ -4,12 +4,13 @@ python benchmarks/zoo.py
 """
 
 import lzma
-import math
 
 from qbench.data.corpora import load_text
-from qbench.data.tokens import tokenize
-from qbench.evaluate.harness import accuracy
-from qbench.evaluate.perplexity import perplexity
+from qbench.data.library import Library
+from qbench.data.windows import evaluation_windows
+from qbench.evaluate.harness import Ask, Harness
+from qbench.evaluate.logits import whole
+from qbench.evaluate.perplexity import perplexity, window_losses
 from qbench.models.load import ModelRef
 from qbench.zoo import stdlib
 
@@ -28,13 +29,12 @@ def main() -> None:
         model, tokenizer = ref.load(), ref.tokenizer()
         cells = [name, f"{sum(p.numel() for p in model.parameters()):,}"]
         for corpus in stdlib.NAMES:
-            text = load_text(corpus, "test")
-            tokens = tokenize(text, tokenizer)
-            ppl = perplexity(model, corpus, tokens, seq_len=512).metrics[f"ppl/{corpus}"]
-            per_byte = math.log2(ppl) * len(tokens) / len(text.text.encode())
-            cells += [f"{ppl:.1f}", f"{per_byte:.2f}"]
-        metrics = accuracy(model, tokenizer, ("stdlib_cloze", "stdlib_copy"), batch_size=32).metrics
+            windows = evaluation_windows(load_text(corpus, "test"), tokenizer, 512)
+            losses = window_losses(whole(model, windows.tokens, 4), windows)
+            metrics = perplexity(corpus, losses, windows).metrics
+            cells += [f"{metrics[f'ppl/{corpus}']:.1f}", f"{metrics[f'bpb/{corpus}']:.2f}"]
         for task in ("stdlib_cloze", "stdlib_copy"):
+            metrics = Harness(model, tokenizer, 32).accuracy(task, Library(), Ask()).metrics
             cells.append(f"{metrics[f'acc/{task}']:.2f} ± {metrics[f'acc/{task}_stderr']:.2f}")
         print("| " + " | ".join(cells) + " |")
     cells = ["`xz -9e`", ""]

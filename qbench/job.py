@@ -5,13 +5,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
-from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
 
 from qbench.algorithms.base import Algorithm
-from qbench.data.tokens import CalibrationSet
+from qbench.data.calibration import CalibrationSet
+from qbench.data.library import Library
 from qbench.engine import REVISION as ENGINE
 from qbench.errors import Unsuitable
 from qbench.evaluate.plan import EvalPlan
@@ -38,7 +38,7 @@ class Job:
     calib: CalibrationSet | None
     evaluation: EvalPlan
     device: str = "cpu"
-    data_root: Path | None = None
+    library: Library = field(default_factory=Library)
     settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def identity(self) -> dict[str, Any]:
@@ -79,13 +79,13 @@ class Job:
             "abits": a.bits if a else 16,
             "kvbits": kv.bits if kv else 16,
             "group_size": w.group_size if w else None,
-            "calib": self.calib.name if self.calib else None,
+            "calib": self.calib.label if self.calib else None,
             "seed": self.calib.seed if self.calib else None,
         }
 
     @property
     def title(self) -> str:
-        parts = (self.model.name, self.algo, self.scheme.label, self.calib.name if self.calib else "")
+        parts = (self.model.name, self.algo, self.scheme.label, self.calib.label if self.calib else "")
         return " ".join(part for part in parts if part)
 
     def check(self) -> None:
@@ -103,12 +103,12 @@ class Job:
                 "quantization inside attention needs model.attn=sdpa", f"model.attn is {self.model.attn}"
             )
         _check_fit(self.model, self.scheme)
-        if self.evaluation.ppl:
+        if self.evaluation.windows_are_read:
             _check_length(self.model, "eval.seq_len", self.evaluation.seq_len)
-        _check_evaluation(self.model, self.evaluation, self.data_root)
+        _check_evaluation(self.model, self.evaluation, self.library)
         if self.calib is not None:
             _check_length(self.model, "calib.seq_len", self.calib.seq_len)
-            _check_calibration(self.model, replace(self.calib, seed=0), self.data_root)
+            _check_calibration(self.model, replace(self.calib, seed=0), self.library)
 
 
 def canonical(part: Any) -> str:
@@ -198,10 +198,10 @@ def _check_length(model: ModelRef, key: str, length: int) -> None:
 
 
 @_remembered
-def _check_evaluation(model: ModelRef, evaluation: EvalPlan, root: Path | None) -> None:
-    evaluation.check(tokenizer(model), root)
+def _check_evaluation(model: ModelRef, evaluation: EvalPlan, library: Library) -> None:
+    evaluation.check(tokenizer(model), library)
 
 
 @_remembered
-def _check_calibration(model: ModelRef, calib: CalibrationSet, root: Path | None) -> None:
-    calib.check(tokenizer(model), root)
+def _check_calibration(model: ModelRef, calib: CalibrationSet, library: Library) -> None:
+    calib.check(tokenizer(model), library)

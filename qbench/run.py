@@ -22,14 +22,19 @@ import psutil
 import torch
 from torch import Tensor
 
+from qbench.algorithms.fp import FloatingPoint
+from qbench.calib.sampling import sampled
 from qbench.calib.stream import FirstInputs, first_inputs
-from qbench.data.corpora import load_text
-from qbench.data.tokens import CalibrationSet, sha256
+from qbench.data.calibration import CalibrationSet
+from qbench.data.library import Library
+from qbench.data.overlap import overlap
+from qbench.data.tokens import sha256
 from qbench.deploy.size import size_metrics
-from qbench.engine import Quantized, quantize
+from qbench.engine import Quantized, placed, quantize
 from qbench.errors import first_line
-from qbench.evaluate.result import Evaluation
-from qbench.job import Job, canonical, tokenizer
+from qbench.evaluate.baseline import Baselines
+from qbench.evaluate.plan import EvalPlan, Subject
+from qbench.job import Job, tokenizer
 from qbench.models.family import family_of
 from qbench.models.load import ModelRef
 
@@ -47,13 +52,14 @@ class Shared:
 
     _ref: ModelRef | None = None
     _pristine: Any = None
-    _first: tuple[tuple[CalibrationSet, Path | None], FirstInputs] | None = None
-    _reference: tuple[tuple[str, str, Path | None], dict[str, Tensor]] | None = None
+    _first: tuple[tuple[CalibrationSet, Library], FirstInputs] | None = None
+    _baselines: dict[Path | None, Baselines] = field(default_factory=dict)
 
     def model(self, ref: ModelRef) -> Any:
         """A copy of the model that the caller may change."""
         if ref != self._ref:
-            self._ref = self._pristine = self._first = self._reference = None
+            self._ref = self._pristine = self._first = None
+            self._baselines.clear()
             gc.collect()
             self._ref, self._pristine = ref, ref.load()
         size = sum(p.numel() * p.element_size() for p in self._pristine.parameters())
@@ -70,32 +76,26 @@ class Shared:
         n_tokens = job.calib.n_samples * job.calib.seq_len
         if n_tokens * embedding.shape[1] * embedding.element_size() > _KEPT_UP_TO:
             return None
-        key = (job.calib, job.data_root)
+        key = (job.calib, job.library)
         if self._first is None or self._first[0] != key:
             self._first = None
-            tokens = calibration_tokens(job.model, job.calib, job.data_root)
+            tokens = calibration_tokens(job.model, job.calib, job.library)
             self._first = key, first_inputs(model, family_of(model), tokens, job.calib.batch_size)
         return self._first[1]
 
-    def reference(self, model: Any, job: Job) -> dict[str, Tensor]:
-        """By corpus: what the untouched `model` predicts, where the job's evaluation compares with it."""
-        key = (canonical(job.evaluation), job.device, job.data_root)
-        if self._reference is not None and self._reference[0] == key:
-            return self._reference[1]
-        self._reference = None
-        if not job.evaluation.kl:
-            return {}
-        home = model.device
-        found = job.evaluation.reference(model.to(job.device), tokenizer(job.model), job.data_root)
-        model.to(home)
-        if sum(part.numel() * part.element_size() for part in found.values()) <= _KEPT_UP_TO:
-            self._reference = key, found
-        return found
+    def baselines(self, job: Job) -> Baselines:
+        """What the floating-point model was found to say, by whichever job of the results folder came first."""
+        results = job.settings.get("results")
+        folder = Path(results) / "baselines" if results else None
+        return self._baselines.setdefault(folder, Baselines(folder))
 
 
 @lru_cache(maxsize=4)
-def calibration_tokens(model: ModelRef, calib: CalibrationSet, root: Path | None) -> Tensor:
-    return calib.tokens(tokenizer(model), root)
+def calibration_tokens(model: ModelRef, calib: CalibrationSet, library: Library) -> Tensor:
+    def sampler(n_samples: int, seq_len: int, seed: int) -> Tensor:
+        return sampled(model.load(), n_samples, seq_len, seed)
+
+    return calib.tokens(tokenizer(model), library, sampler)
 
 
 @dataclass
@@ -132,7 +132,8 @@ def run(job: Job, shared: Shared, reporter: Reporter | None = None) -> Outcome:
         "block_errors": quantized.errors,
         "block_reports": quantized.reports if any(quantized.reports) else [],
         "model_report": quantized.report,
-        "data": _provenance(job),
+        "data": _provenance(job, metrics),
+        "left_out": dict(job.evaluation.skipped),
     }
     return Outcome(_about(job, started) | result | _finished(), samples)
 
@@ -178,10 +179,12 @@ def _measure(
     metrics: dict[str, float] = {}
     with _phase("load", job, metrics, reporter):
         model = shared.model(job.model)
-        tokens = calibration_tokens(job.model, job.calib, job.data_root) if job.calib else None
+        tokens = calibration_tokens(job.model, job.calib, job.library) if job.calib else None
         first = shared.first(model, job)
-        job.evaluation.prepare(tokenizer(job.model), job.data_root)
-        reference = shared.reference(model, job)
+        job.evaluation.prepare(tokenizer(job.model), job.library)
+        subject = _subject(model, job)
+        with _at_work(subject):
+            reference = job.evaluation.reference(subject, job.model.identity(), shared.baselines(job))
     n_parameters = sum(p.numel() for p in model.parameters())  # tied parameters are listed once
     with _phase("calib", job, metrics, reporter):
         quantized = quantize(
@@ -190,13 +193,31 @@ def _measure(
             batch_size=job.calib.batch_size if job.calib else 8, device=job.device, on_block=reporter.block,
         )  # fmt: skip
     metrics |= size_metrics(model, n_parameters, quantized.stored_bits, quantized.extra_bits)
-    with _phase("eval", job, metrics, reporter):
-        result: Evaluation = job.evaluation.run(
-            model.to(job.device), tokenizer(job.model), job.data_root, reference
-        )
+    with _phase("eval", job, metrics, reporter), _at_work(subject):
+        if reference is not None and isinstance(job.algorithm, FloatingPoint):
+            result, seconds = job.evaluation.run_float(subject, reference)
+        else:
+            result, seconds = job.evaluation.run(subject, reference), 0.0
+    metrics["eval_time_s"] += seconds  # of what this job read, since it was computed before
     if quantized.errors:
         metrics["block_error_mean"] = sum(quantized.errors) / len(quantized.errors)
     return metrics | result.metrics, quantized, result.samples
+
+
+def _subject(model: Any, job: Job) -> Subject:
+    results = job.settings.get("results")
+    return Subject(
+        model, tokenizer(job.model), job.library, job.device,
+        streamed=not job.evaluation.fits(model, job.device),
+        folder=Path(results) / "dialogue" / job.fingerprint if results else None,
+    )  # fmt: skip
+
+
+def _at_work(subject: Subject) -> contextlib.AbstractContextManager[None]:
+    """While it lasts the model is on its device, unless it goes there block by block."""
+    return (
+        contextlib.nullcontext() if subject.streamed else placed(subject.model, torch.device(subject.device))
+    )
 
 
 @contextlib.contextmanager
@@ -238,15 +259,29 @@ def _peak_rss() -> Iterator[list[float]]:
         thread.join()
 
 
-def _provenance(job: Job) -> dict[str, Any]:
-    """Which data the numbers came from: name, where it was found, SHA-256."""
-    split = job.evaluation.split
-    texts = {name: load_text(name, split, job.data_root) for name in job.evaluation.ppl}
-    data: dict[str, Any] = {f"eval/{n}": {"origin": t.origin, "sha256": t.sha256} for n, t in texts.items()}
+def _provenance(job: Job, metrics: dict[str, float]) -> dict[str, Any]:
+    """Which data the numbers came from: name, where it was found, SHA-256; `calib_overlap` goes into the metrics."""
+    data: dict[str, Any] = dict(job.evaluation.provenance(job.library))
     if job.calib is not None:
-        tokens = calibration_tokens(job.model, job.calib, job.data_root)
-        data[f"calib/{job.calib.name}"] = {"shape": list(tokens.shape), "sha256": sha256(tokens)}
+        tokens = calibration_tokens(job.model, job.calib, job.library)
+        shares = calibration_overlap(job.model, job.calib, job.evaluation, job.library)
+        metrics["calib_overlap"] = max(shares.values(), default=0.0)
+        data[f"calib/{job.calib.label}"] = {
+            "shape": list(tokens.shape), "sha256": sha256(tokens), "overlap": shares,
+        }  # fmt: skip
     return data
+
+
+@lru_cache(maxsize=64)
+def calibration_overlap(
+    model: ModelRef, calib: CalibrationSet, evaluation: EvalPlan, library: Library
+) -> dict[str, float]:
+    """By evaluation text or task: the share of calibration samples that have a passage of it."""
+    if calib.name in ("random", "self"):
+        return {}
+    tokens = calibration_tokens(model, calib, library)
+    texts = evaluation.evaluated_texts(tokenizer(model), library)
+    return {name: overlap(tokens, text) for name, text in texts.items()}
 
 
 def device_name(device: str) -> str:

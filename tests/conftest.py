@@ -30,6 +30,10 @@ from transformers import (
 )
 
 from qbench import cli
+from qbench.data.windows import Windows
+from qbench.evaluate.logits import whole
+from qbench.evaluate.perplexity import perplexity, window_losses
+from qbench.evaluate.result import Evaluation
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
@@ -70,6 +74,14 @@ def random_model(name: str) -> nn.Module:
             elif "bias" in parameter_name:
                 p.normal_(std=0.1)
     return model.requires_grad_(False)
+
+
+def perplexity_of(
+    model: nn.Module, tokens: torch.Tensor, seq_len: int, batch_size: int = 4, name: str = "text"
+) -> Evaluation:
+    """On consecutive windows of `tokens`, `(n,)`."""
+    windows = Windows.consecutive(tokens, seq_len)
+    return perplexity(name, window_losses(whole(model, windows.tokens, batch_size), windows), windows)
 
 
 @pytest.fixture(params=CONFIGS)

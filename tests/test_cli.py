@@ -303,7 +303,7 @@ def test_wikitext2_comes_from_data_root(qbench, shared_data):
     (record,) = records()
     # Worse than on its own kind of text, and far better than the uniform distribution over 3072 tokens.
     assert 30 < record["metrics"]["ppl/wikitext2"] < 3000
-    assert record["data"]["eval/wikitext2"]["origin"] == "file wikitext-2-raw-v1_test.jsonl"
+    assert record["data"]["eval/wikitext2"]["origin"] == "file wikitext2/wikitext-2-raw-v1_test.jsonl"
 
 
 def test_killing_the_sweep_loses_at_most_the_running_job(tmp_path):

@@ -1,12 +1,16 @@
-"""Corpora and calibration samples."""
+"""Corpora by name: where they are found and how they are joined."""
 
+import gzip
 import json
 
 import pytest
 import torch
 
-from qbench.data.corpora import SOURCES, load_text, plain_file
-from qbench.data.tokens import CalibrationSet, sha256, tokenize
+from qbench.data.corpora import CORPORA, known, load_text, versioned
+from qbench.data.library import Library, read_rows
+from qbench.data.sources import Source
+from qbench.data.tokens import tokenize
+from qbench.data.windows import evaluation_windows
 from qbench.models.load import ModelRef
 from qbench.zoo import stdlib
 
@@ -29,12 +33,20 @@ def no_hub(monkeypatch):
     load_text.cache_clear()
 
 
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+
+
 def test_a_plain_file_under_data_root_serves(tmp_path):
-    path = plain_file("wikitext2", "test", tmp_path)
-    assert path == tmp_path / "wikitext2" / "wikitext-2-raw-v1_test.jsonl"
-    path.parent.mkdir()
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS))
-    assert load_text("wikitext2", "test", tmp_path).text == "\n\n".join(ROWS)
+    write_lines(tmp_path / "wikitext2" / "wikitext-2-raw-v1_test.jsonl", [{"text": row} for row in ROWS])
+    text = load_text("wikitext2", "test", Library(tmp_path))
+    assert text.text == "\n\n".join(ROWS)
+    assert text.origin == "file wikitext2/wikitext-2-raw-v1_test.jsonl"
 
 
 def test_the_hub_layout_under_data_root_serves(tmp_path):
@@ -48,49 +60,131 @@ def test_the_hub_layout_under_data_root_serves(tmp_path):
     card = "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n"
     card += "  - {split: test, path: wikitext-2-raw-v1/test-*}\n  - {split: train, path: wikitext-2-raw-v1/train-*}\n---\n"
     (folder.parent / "README.md").write_text(card)
-    assert load_text("wikitext2", "test", tmp_path).text == "\n\n".join(ROWS)
-    assert load_text("wikitext2", "calibration", tmp_path).text == "\n\n".join(ROWS[:2])
+    assert load_text("wikitext2", "test", Library(tmp_path)).text == "\n\n".join(ROWS)
+    assert load_text("wikitext2", "calibration", Library(tmp_path)).text == "\n\n".join(ROWS[:2])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".parquet"])
+def test_every_kind_of_file_gives_the_same_rows(suffix, tmp_path):
+    from datasets import Dataset
+
+    rows = [{"text": "with a \u2028 separator of lines, 2020-01-01"}, {"text": "漢字"}]
+    path = tmp_path / f"test{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        write_lines(path, rows)
+    assert list(read_rows(path)) == rows
+
+
+def test_a_torn_line_is_named(tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"some.jsonl, line 2: .*one JSON object a line"):
+        list(read_rows(tmp_path / "some.jsonl"))
+
+
+def test_one_file_serves_all_configurations_by_a_field_of_its_rows(tmp_path):
+    rows = [{"subject": s, "question": f"{s}?"} for s in ("anatomy", "virology")]
+    write_lines(tmp_path / "mmlu" / "test_other.jsonl", rows[:1])
+    write_lines(tmp_path / "mmlu" / "test_stem.jsonl", rows[1:])
+    library = Library(tmp_path)
+    found = {
+        c: library.rows(Source("cais/mmlu", c), "test").data["question"]
+        for c in ("anatomy", "virology", "all")
+    }
+    assert {c: list(q) for c, q in found.items()} == {
+        "anatomy": ["anatomy?"], "virology": ["virology?"], "all": ["anatomy?", "virology?"],
+    }  # fmt: skip
+
+
+def test_named_files_serve_in_place_of_the_usual_ones(tmp_path):
+    write_lines(tmp_path / "mine" / "c4.jsonl", [{"text": "one"}, {"text": "two"}])
+    library = Library(tmp_path, (("c4/validation", "mine/c4.jsonl"),))
+    assert load_text("c4", "test", library).text == "one two"
+    with pytest.raises(FileNotFoundError, match=r"data.files gives 'mine/c5.jsonl' for c4/validation"):
+        load_text("c4", "test", Library(tmp_path, (("c4/validation", "mine/c5.jsonl"),)))
+
+
+def test_values_of_several_kinds_are_kept_as_text(tmp_path):
+    write_lines(
+        tmp_path / "longctx" / "longeval_lines_2.jsonl", [{"key": ["a", 1], "n": 1}, {"key": [2], "n": 2}]
+    )
+    data = Library(tmp_path).rows(Source("longeval", "lines"), "test").data
+    assert [json.loads(key) for key in data["key"]] == [["a", 1], [2]]
+    assert list(data["n"]) == [1, 2]
 
 
 @pytest.mark.usefixtures("no_hub")
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", CORPORA)
 def test_a_missing_corpus_names_the_file_that_would_serve(name, tmp_path):
+    use = next(iter(CORPORA[name].splits))
     with pytest.raises(FileNotFoundError) as caught:
-        load_text(name, "test", tmp_path)
-    assert str(plain_file(name, "test", tmp_path)) in str(caught.value)
-    assert SOURCES[name].hub_id in str(caught.value)
+        load_text(name, use, Library(tmp_path))
+    source, split = CORPORA[name].source, CORPORA[name].splits[use]
+    expected = Library(tmp_path).expected(source, split)
+    assert expected in str(caught.value)
+    assert str(source) in str(caught.value)
+    first = expected.split(" or ")[0].replace("*", "")
+    write_lines(tmp_path / first, [])  # where the message says
+    assert Library(tmp_path).local(source, split) == [tmp_path / first]
 
 
 def test_an_unknown_corpus_is_refused():
-    with pytest.raises(ValueError, match="unknown corpus 'wikitext3'"):
+    with pytest.raises(ValueError, match="corpus is 'wikitext3', which is not known; did you mean wikitext2"):
         load_text("wikitext3", "test")
+    with pytest.raises(ValueError, match="'alpaca', which has no text for it"):
+        load_text("alpaca", "test")
 
 
-def test_calibration_samples_are_windows_of_the_text_and_reproducible(tokenizer):
-    ours = CalibrationSet("stdlib_docs", n_samples=8, seq_len=64)
-    tokens = ours.tokens(tokenizer)
-    assert tokens.shape == (8, 64)
-    assert sha256(tokens) == sha256(ours.tokens(tokenizer))
-    row = tokenize(load_text("stdlib_docs", "calibration"), tokenizer)
-    windows = row.unfold(0, 64, 1)
-    assert all((windows == sample).all(1).any() for sample in tokens)
+def test_the_users_own_text_is_a_file_or_a_folder_and_counts_by_its_content(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    write_lines(tmp_path / "deeper" / "b.jsonl", [{"text": "second"}, {"text": "third"}])
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    text = load_text(str(tmp_path), "test")
+    assert text.text == "first\n\nsecond\n\nthird"
+    before = versioned(f"{tmp_path}/a.txt")
+    assert before.startswith("a@")
+    (tmp_path / "copy.txt").write_text("first")
+    assert versioned(f"{tmp_path}/copy.txt").partition("@")[2] == before.partition("@")[2]
+    with pytest.raises(FileNotFoundError, match="was not found; give a file or a folder"):
+        load_text(f"{tmp_path}/none.txt", "test")
+    write_lines(tmp_path / "c.jsonl", [{"content": "no text"}])
+    with pytest.raises(ValueError, match="has the fields content; 'text' is needed"):
+        load_text(f"{tmp_path}/c.jsonl", "test")
 
 
-def test_set_length_count_and_seed_each_change_the_samples(tokenizer):
-    base = {"name": "stdlib_docs", "n_samples": 8, "seq_len": 64, "seed": 0}
-    others = [{"name": "stdlib_code"}, {"n_samples": 9}, {"seq_len": 65}, {"seed": 1}, {"name": "random"}]
-    hashes = {sha256(CalibrationSet(**base | other).tokens(tokenizer)) for other in [{}, *others]}
-    assert len(hashes) == len(others) + 1
+def test_c4_is_the_first_documents_joined_by_blanks(tmp_path, tokenizer):
+    """c4-new: 1100 documents of the validation shard, 256 windows."""
+    documents = [f"document number {i} about files and numbers" for i in range(1300)]
+    file = dict(CORPORA["c4"].source.hub_files)["validation"]
+    write_lines(tmp_path / "allenai" / "c4" / file, [{"text": d} for d in documents])
+    text = load_text("c4", "test", Library(tmp_path))
+    assert text.text == " ".join(documents[:1100])
+    row = tokenize(text, tokenizer)
+    assert torch.equal(evaluation_windows(text, tokenizer, 16).tokens.flatten(), row[: 256 * 16])
 
 
-def test_a_calibration_set_that_is_too_small_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"'stdlib_docs' has \d+ tokens.*lower calib.n_samples"):
-        CalibrationSet("stdlib_docs", n_samples=10**6, seq_len=64).tokens(tokenizer)
+def test_c4_old_is_random_windows_inside_long_documents(tmp_path, tokenizer):
+    short, long = ["too short"] * 5, [f"{i} words of a long document about files " * 20 for i in range(4)]
+    write_lines(tmp_path / "c4.jsonl", [{"text": d} for d in short + long])
+    text = load_text("c4_old", "test", Library(tmp_path, (("c4_old/validation", "c4.jsonl"),)))
+    windows = evaluation_windows(text, tokenizer, 32)
+    assert len(windows) == 256
+    assert torch.equal(windows.tokens, evaluation_windows(text, tokenizer, 32).tokens)
+    inside = [tokenizer(d, return_tensors="pt").input_ids[0].unfold(0, 32, 1) for d in long]
+    assert all(any((rows == w).all(1).any() for rows in inside) for w in windows.tokens[:20])
+
+
+def test_ptb_joins_sentences_by_blanks(tmp_path):
+    write_lines(tmp_path / "ptb" / "test.jsonl", [{"sentence": "no it was n't"}, {"sentence": "black <unk>"}])
+    assert load_text("ptb", "test", Library(tmp_path)).text == "no it was n't black <unk>"
 
 
 def test_real_wikitext_has_its_published_size(shared_data):
     """245,569 words: the word count of WikiText-2's test split (Merity et al. 2016, Table 1, counts `<eos>` too)."""
-    text = load_text("wikitext2", "test", shared_data)
+    text = load_text("wikitext2", "test", Library(shared_data))
     rows = text.text.split("\n\n")
     assert "Robert Boulter" in text.text[:200]
     assert len(text.text.split()) + sum(1 for row in rows if row) == pytest.approx(245_569, rel=0.02)
@@ -125,3 +219,9 @@ def test_tokens_of_all_embedded_models_cover_any_bytes(tokenizer):
     text = "naïve 漢字 \t\n\x00 ok"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert torch.is_tensor(tokenize(load_text("stdlib_docs", "test"), tokenizer))
+
+
+def test_every_corpus_of_a_use_is_known():
+    assert set(stdlib.NAMES) < set(known("test")) & set(known("calibration"))
+    assert "c4_old" in known("test")
+    assert "c4_old" not in known("calibration")

@@ -14,10 +14,9 @@ from qbench.algorithms.omniquant import OmniQuant
 from qbench.algorithms.quarot import QuaRot
 from qbench.algorithms.rtn import RTN
 from qbench.engine import quantize
-from qbench.evaluate.perplexity import perplexity
 from qbench.quant.scheme import Scheme
 
-from .conftest import random_model
+from .conftest import perplexity_of, random_model
 
 RECIPES = {
     "weights": (GPTQ(), Scheme.parse("w3a16g16")),
@@ -48,11 +47,11 @@ def test_evaluating_decoding_and_saving_never_change_a_model(name, recipe, token
     quantize(model, *recipe, tokens)
     text = torch.randint(0, 96, (96,), generator=torch.Generator().manual_seed(2))
     before = copy.deepcopy(model.state_dict())
-    first = [s["value"] for s in perplexity(model, "text", text, seq_len=32).samples]
+    first = [s["value"] for s in perplexity_of(model, text, 32).samples]
     with torch.no_grad():
         model.generate(text[None, :8], max_new_tokens=4, do_sample=False)
     model.save_pretrained(tmp_path)
-    again = [s["value"] for s in perplexity(model, "text", text, seq_len=32).samples]
+    again = [s["value"] for s in perplexity_of(model, text, 32).samples]
     assert first == again
     after = model.state_dict()
     assert before.keys() == after.keys()

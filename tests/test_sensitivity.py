@@ -158,13 +158,13 @@ def test_divergence_is_that_of_the_definition_and_nothing_where_nothing_changed(
 
 
 def test_an_evaluation_without_divergence_is_the_job_that_it_was():
-    plain, kl = EvalPlan(("stdlib_docs",)), EvalPlan(("stdlib_docs",), kl=True)
-    assert not {"kl", "split"} & plain.identity().keys()
-    assert kl.identity() == plain.identity() | {"kl": True}
-    with pytest.raises(ValueError, match="which is empty"):
-        EvalPlan((), ("stdlib_cloze",), kl=True)
-    with pytest.raises(ValueError, match="floating-point model's predictions"):
-        kl.run(None, None)
+    plain, kl = EvalPlan(("stdlib_docs",)), EvalPlan(("stdlib_docs",), against_fp=True)
+    assert not {"against_fp", "split"} & plain.identity().keys()
+    assert kl.identity() == plain.identity() | {"against_fp": True}
+    with pytest.raises(ValueError, match="which are empty"):
+        EvalPlan(decode_ppl=("stdlib_docs",), against_fp=True)
+    with pytest.raises(ValueError, match="floating-point model's side"):
+        kl.run(None)
 
 
 def test_differences_are_paired_by_window():

@@ -10,10 +10,13 @@ import torch
 
 from qbench.algorithms.rtn import RTN
 from qbench.data.corpora import load_text
+from qbench.data.library import Library
 from qbench.data.tokens import tokenize
+from qbench.data.windows import Windows, evaluation_windows
 from qbench.engine import quantize
-from qbench.evaluate.harness import accuracy
-from qbench.evaluate.perplexity import perplexity
+from qbench.evaluate.harness import Ask, Harness
+from qbench.evaluate.logits import whole
+from qbench.evaluate.perplexity import window_losses
 from qbench.models.family import family_of
 from qbench.models.load import ModelRef
 from qbench.quant.scheme import Scheme
@@ -55,8 +58,8 @@ def test_micro_llama_compresses_english_better_than_xz(micro):
     model, tokenizer = micro
     text = load_text("stdlib_docs", "test").text
     tokens = tokenize(load_text("stdlib_docs", "test"), tokenizer)
-    nll = perplexity(model, "docs", tokens, seq_len=512).samples
-    mean = sum(s["value"] for s in nll) / len(nll)
+    windows = Windows.consecutive(tokens, 512)
+    mean = float(window_losses(whole(model, windows.tokens, 4), windows).nll.mean())
     ours = mean / math.log(2) * len(tokens) / len(text.encode())
     xz = 8 * len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)) / len(text.encode())
     assert ours < 0.9 * xz
@@ -64,13 +67,12 @@ def test_micro_llama_compresses_english_better_than_xz(micro):
 
 def test_round_to_nearest_separates_the_widths(micro):
     _, tokenizer = micro
-    tokens = tokenize(load_text("stdlib_docs", "test"), tokenizer)
+    windows = evaluation_windows(load_text("stdlib_docs", "test"), tokenizer, 512, 24)
     nll = {}
     for bits in (16, 4, 3, 2):
         model = ModelRef("zoo/micro-llama").load()
         quantize(model, RTN(), Scheme.of(wbits=bits, group_size=128))
-        samples = perplexity(model, "docs", tokens, seq_len=512, max_windows=24).samples
-        nll[bits] = torch.tensor([s["value"] for s in samples])
+        nll[bits] = window_losses(whole(model, windows.tokens, 4), windows).nll
     for better, worse in ((16, 4), (4, 3), (3, 2)):
         difference = nll[worse] - nll[better]
         stderr = difference.std() / len(difference) ** 0.5
@@ -78,7 +80,9 @@ def test_round_to_nearest_separates_the_widths(micro):
 
 
 def test_micro_llama_is_far_above_chance(micro):
-    metrics = accuracy(*micro, ("stdlib_cloze", "stdlib_copy")).metrics
+    asked = Harness(*micro, 32)
+    metrics = asked.accuracy("stdlib_cloze", Library(), Ask()).metrics
+    metrics |= asked.accuracy("stdlib_copy", Library(), Ask()).metrics
     assert metrics["acc/stdlib_cloze"] >= 0.55
     assert metrics["acc/stdlib_copy"] >= 0.3
     n = len(tasks.cloze())

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import torch
 
-from qbench.data.tokens import CalibrationSet
+from qbench.data.calibration import CalibrationSet
 from qbench.models.load import ModelRef
 from qbench.zoo import WEIGHTS
 

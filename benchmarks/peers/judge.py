@@ -9,14 +9,22 @@ the quantized model's predictions from the original's, on windows of 128 tokens.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qbench.data.corpora import load_text
-from qbench.data.tokens import tokenize
-from qbench.evaluate.perplexity import window_nll, windows_of
+from qbench.data.windows import Windows, evaluation_windows
+from qbench.evaluate.logits import whole
+from qbench.evaluate.perplexity import window_losses
 from qbench.models.load import ModelRef
+
+
+def nll(model: Any, windows: Windows) -> torch.Tensor:
+    """Mean negative log-likelihood in nats of each window, `(n_windows,)`."""
+    return window_losses(whole(model, windows.tokens, 4), windows).nll
 
 
 def divergence(original: str, quantized: str, windows: torch.Tensor) -> torch.Tensor:
@@ -34,11 +42,12 @@ def divergence(original: str, quantized: str, windows: torch.Tensor) -> torch.Te
 def main() -> None:
     name, original, quantized, file = sys.argv[1:]
     torch.set_num_threads(1)
-    tokens = tokenize(load_text("stdlib_docs", "test"), ModelRef("zoo/micro-llama").tokenizer())
+    text, tokenizer = load_text("stdlib_docs", "test"), ModelRef("zoo/micro-llama").tokenizer()
+    windows = partial(evaluation_windows, text, tokenizer)
     if name == "micro-llama":
-        metric, values = "nll", window_nll(ModelRef(quantized).load(), windows_of(tokens, 512, 128), 4)
+        metric, values = "nll", nll(ModelRef(quantized).load(), windows(512, 128))
     else:
-        metric, values = "kl", divergence(original, quantized, windows_of(tokens, 128, 16))
+        metric, values = "kl", divergence(original, quantized, windows(128, 16).tokens)
     Path(file).write_text(json.dumps({"metric": metric, "values": values.tolist()}))
 
 

@@ -85,7 +85,7 @@ def first_inputs(model: Any, family: Family, tokens: Tensor, batch_size: int = 2
 
     with torch.no_grad(), ExitStack() as stubs:
         for index, block in enumerate(blocks):
-            stubs.enter_context(_swapped(block, "forward", stub(index)))
+            stubs.enter_context(swapped(block, "forward", stub(index)))
         for batch in (*tokens.split(batch_size), tokens[:1]):
             with suppress(Enough):
                 model(batch.to(model.device), use_cache=False)
@@ -109,7 +109,7 @@ def hidden_of(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @contextmanager
-def _swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+def swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
     setattr(owner, name, value)
     try:
         yield

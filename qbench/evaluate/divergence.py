@@ -1,24 +1,13 @@
-"""How far a model's predictions are from those of the floating-point model: the KL divergence of each token's.
+"""How far a model's predictions are from those of the floating-point model: the KL divergence of each token's, and
+whether the likeliest token is the same.
 
-It is zero where nothing changed, never negative, and of second order in a small change; the difference of two
-perplexities is of first order, so that at high precision it is mostly the luck of the text.
+The divergence is zero where nothing changed, never negative, and of second order in a small change; the difference of
+two perplexities is of first order, so that at high precision it is mostly the luck of the text.
 """
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from torch import Tensor, cat
 
 _ELEMENTS = 1 << 24  # of the logits that are held in float64 at a time
-
-
-def reference_logits(model: Any, windows: Tensor, batch_size: int) -> Tensor:
-    """What a model predicts, `(n_windows, seq_len, vocab)`, on the CPU and in its own dtype, so that nothing is lost."""
-    with torch.inference_mode():
-        parts = [
-            model(batch.to(model.device), use_cache=False).logits.cpu() for batch in windows.split(batch_size)
-        ]
-    return torch.cat(parts)
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
@@ -30,4 +19,9 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     for p, q in pairs:
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts).view(shape)
+    return cat(parts).view(shape)
+
+
+def agreement(reference: Tensor, logits: Tensor) -> Tensor:
+    """1 where both predict the same token first, else 0, float64; both are logits, `(..., vocab)`."""
+    return (reference.argmax(-1) == logits.argmax(-1)).double()

@@ -1,15 +1,24 @@
-"""Accuracy through lm-eval: stock tasks as they are, and the two embedded ones.
+"""Accuracy through lm-eval: its own tasks as they are, ours, and the embedded ones.
 
 lm-eval renders prompts, runs requests and scores each document; standard errors are ours, from the
 documents, since its own bootstrap starts a pool of processes.
 """
 
-import difflib
+import hashlib
 import math
-from functools import cache
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import Any
 
-from qbench.evaluate.result import NOTHING, Evaluation
+import torch
+from torch import Tensor
+
+from qbench.data.corpora import load_text
+from qbench.data.library import Library
+from qbench.evaluate import stock
+from qbench.evaluate.result import NOTHING, Evaluation, mean
+from qbench.evaluate.stock import Shots
 from qbench.zoo import tasks as embedded
 
 # `scored` is the lm-eval metric that these tasks call accuracy: for the multiple choice it is the choice whose
@@ -38,112 +47,241 @@ EMBEDDED: dict[str, dict[str, Any]] = {
     },
 }
 _DOCUMENTS = {"stdlib_cloze": embedded.cloze, "stdlib_copy": embedded.copying}
+_LONG = 100  # characters: shorter texts are set phrases and answers
+_ON_CPU = 32  # lm-eval finds the largest batch by running out of memory, which a CPU should not
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How tasks are run.
+
+    Attributes:
+        limit: Documents of a task, the first ones; of a group they are shared out among its parts, at least one each.
+        unsafe: Whether code that the model writes may be run.
+    """
+
+    limit: int | None = None
+    shots: Shots = field(default_factory=Shots)
+    unsafe: bool = False
 
 
 def check_names(names: tuple[str, ...]) -> None:
-    """Refuse a task that neither qbench nor lm-eval has; slow (seconds) where a stock task is named.
+    """Refuse a task that neither qbench nor lm-eval has.
 
     Raises:
         ValueError: Naming the nearest tasks.
     """
-    for name in names:
-        if name not in EMBEDDED and name not in (stock := _manager().all_tasks):
-            near = difflib.get_close_matches(name, [*EMBEDDED, *stock], n=3)
-            raise ValueError(
-                f"unknown task {name!r}; "
-                + (f"nearest are {', '.join(near)}" if near else "see `lm_eval ls tasks`")
-            )
+    stock.check_names(tuple(name for name in names if name not in EMBEDDED))
+
+
+def missing(name: str, library: Library, shots: Shots) -> str:
+    """Which data of a task cannot be found, in words; empty where all is there."""
+    return "" if name in EMBEDDED else stock.missing(name, library, shots)
 
 
 @cache
-def _manager() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(verbosity="ERROR")
-
-
-def prepare(names: tuple[str, ...]) -> None:
-    """Build the named tasks, which reads their data."""
-    for name in names:
-        _task(name)
-
-
-@cache
-def _task(name: str) -> dict[str, Any]:
-    """The lm-eval task objects behind a name; building them reads the data, so they are kept."""
+def tasks_of(name: str, library: Library, shots: Shots) -> dict[str, tuple[str, Any]]:
+    """The lm-eval task objects behind a name, and the part of it that each is; building them reads the data."""
     if name not in EMBEDDED:
-        return dict(_manager().load([name])["tasks"])
+        return stock.build(name, library, shots)
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
     documents = Dataset.from_list(_DOCUMENTS[name]())
     config = {"task": name, "custom_dataset": lambda **_: {"test": documents}, "test_split": "test"}
-    return {name: ConfigurableTask(config=config | EMBEDDED[name])}
+    return {name: ("", ConfigurableTask(config=config | EMBEDDED[name]))}
 
 
-def accuracy(
-    model: Any, tokenizer: Any, names: tuple[str, ...], *, limit: int | None = None, batch_size: int = 8
-) -> Evaluation:
-    """Every metric of the named tasks that is a mean over documents, with its standard error.
-
-    Metrics are named `acc/<task>`, `acc_norm/<task>`, `exact_match/<task>`, …; with the filter behind the
-    metric where a task has several (`exact_match-strict-match/gsm8k`).
-    """
-    if not names:
-        return NOTHING
-    from lm_eval import evaluate
-
-    tasks = {key: task for name in names for key, task in _task(name).items()}
-    results = evaluate(
-        _language_model(model, tokenizer, batch_size),
-        {"tasks": tasks}, limit=limit, bootstrap_iters=0, verbosity="ERROR",
-    )  # fmt: skip
-    evaluation = NOTHING
-    for name, documents in results["samples"].items():
-        for metric, filter_ in _means(tasks[name], documents):
-            values = [(d["doc_id"], float(d[metric])) for d in documents if d["filter"] == filter_]
-            if name in EMBEDDED:
-                label = "acc"
-            elif len({d["filter"] for d in documents}) > 1:
-                label = f"{metric}-{filter_}"
-            else:
-                label = metric
-            evaluation += _mean(f"{label}/{name}", values)
-    return evaluation
+def origin(name: str, library: Library, shots: Shots) -> dict[str, Any]:
+    """Where a task's documents were found, and their SHA-256."""
+    if name in EMBEDDED:
+        text = load_text("stdlib_docs" if name == "stdlib_cloze" else "stdlib_code", "test")
+        return {"origin": text.origin, "sha256": text.sha256}
+    found = {
+        str(leaf.source): library.rows(leaf.source, leaf.tested) for leaf in stock.leaves(name) if leaf.source
+    }
+    places = dict.fromkeys(rows.origin for rows in found.values())
+    shown = [*places] if len(places) < 4 else [*list(places)[:2], f"and {len(places) - 2} more"]
+    digests = " ".join(rows.sha256 for rows in found.values())
+    return {"origin": ", ".join(shown) or "made", "sha256": hashlib.sha256(digests.encode()).hexdigest()}
 
 
-def _means(task: Any, documents: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The (metric, filter) pairs that are means over documents; others cannot be made from single documents."""
+def question_tokens(name: str, library: Library, shots: Shots, tokenizer: Any) -> Tensor:
+    """The long texts in the documents of a task, one after another, `(n_tokens,)`."""
+    texts = dict.fromkeys(
+        value
+        for _, task in tasks_of(name, library, shots).values()
+        for document in task.eval_docs
+        for value in document.values()
+        if isinstance(value, str) and len(value) > _LONG
+    )
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+    return torch.tensor([token for one in ids for token in (*one, -1)], dtype=torch.long)
+
+
+def drops(result: Evaluation) -> Evaluation:
+    """The same, with what attacks on a task's documents take away: `drop/<task>` where there is `<task>_clean` too."""
+    for key in [k for k in result.metrics if k.startswith("acc/")]:
+        if (clean := f"{key}_clean") in result.metrics:
+            errors = [result.metrics[f"{k}_stderr"] for k in (key, clean)]
+            drop = f"drop/{key.removeprefix('acc/')}"
+            metrics = {
+                drop: result.metrics[clean] - result.metrics[key],
+                f"{drop}_stderr": math.hypot(*errors),
+            }
+            result += Evaluation(metrics, [])
+    return result
+
+
+class Harness:
+    """A model under lm-eval."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
+        size = batch_size or ("auto" if model.device.type == "cuda" else _ON_CPU)
+        self.language_model = _language_model(model, tokenizer, size)
+
+    def accuracy(self, name: str, library: Library, ask: Ask) -> Evaluation:
+        """Every metric of a task that is a mean over documents, with its standard error.
+
+        Metrics are named `acc/<task>`, `acc_norm/<task>`, `exact_match/<task>`, …; with the filter behind the
+        metric where a task has several (`exact_match-strict-match/gsm8k`). A sample has its part where the task is a
+        group, or its documents name one (a length, a position). `truncated/<task>` is the share of documents of which
+        some request was longer than the model reads, where there are such.
+        """
+        from lm_eval import evaluate
+
+        found = tasks_of(name, library, ask.shots)
+        tasks = {key: task for key, (_, task) in found.items()}
+        self.language_model.truncated.clear()
+        results = evaluate(
+            self.language_model, {"tasks": tasks}, samples=_chosen(tasks, ask.limit), bootstrap_iters=0,
+            verbosity="ERROR", confirm_run_unsafe_code=ask.unsafe,
+        )  # fmt: skip
+        documents = [(key, d) for key, many in results["samples"].items() for d in many]
+        evaluation = self._means(name, found, documents)
+        if self.language_model.truncated:
+            evaluation += self._truncated(name, documents)
+        return evaluation
+
+    def _means(
+        self, name: str, found: Mapping[str, tuple[str, Any]], documents: list[tuple[str, Any]]
+    ) -> Evaluation:
+        together = name in EMBEDDED or not stock.is_tag(name)
+        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        several = len({d["filter"] for _, d in documents}) > 1
+        numbers = _numbers(documents)
+        for key, document in documents:
+            part, task = found[key]
+            for metric in _mean_metrics(task, document):
+                label = "acc" if name in EMBEDDED else metric
+                label += f"-{document['filter']}" if several else ""
+                row: dict[str, Any] = {
+                    "item": numbers[key, document["doc_id"]],
+                    "value": float(document[metric]),
+                }
+                if part or "part" in document["doc"]:
+                    row["part"] = part if together and part else str(document["doc"].get("part", ""))
+                rows.setdefault((label, name if together else key), []).append(row)
+        evaluation = NOTHING
+        for (label, shown), items in rows.items():
+            over = None if not together or name in EMBEDDED or stock.is_weighted(name) else "part"
+            evaluation += mean(f"{label}/{shown}", items, over)
+        return evaluation
+
+    def _truncated(self, name: str, documents: list[tuple[str, Any]]) -> Evaluation:
+        seen: dict[tuple[str, int], bool] = {}
+        for key, document in documents:
+            contexts = {str(argument[0]) for argument in document["arguments"]}
+            seen[key, document["doc_id"]] = bool(contexts & self.language_model.truncated)
+        share = sum(seen.values()) / len(seen)
+        return Evaluation({f"truncated/{name}": share}, [])
+
+
+def _numbers(documents: list[tuple[str, Any]]) -> dict[tuple[str, int], int]:
+    """One number for each document of a group: its own where there is one task, else from its text, for ever the same."""
+    keys = dict.fromkeys((key, d["doc_id"]) for key, d in documents)
+    if len({key for key, _ in keys}) == 1:
+        return {key: key[1] for key in keys}
+    return {key: int(hashlib.sha256(f"{key[0]} {key[1]}".encode()).hexdigest()[:15], 16) for key in keys}
+
+
+def _chosen(tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[int]] | None:
+    """Which documents of each task are asked: the first ones, shared out among the tasks."""
+    if limit is None:
+        return None
+    each = math.ceil(limit / len(tasks))
+    return {key: list(range(min(each, len(task.eval_docs)))) for key, task in tasks.items()}
+
+
+def _mean_metrics(task: Any, document: Mapping[str, Any]) -> Iterable[str]:
+    """The metrics that are means over documents; others cannot be made from single documents."""
     aggregation = task.aggregation()
-    return [
-        (metric, filter_)
-        for filter_ in dict.fromkeys(d["filter"] for d in documents)
-        for metric in documents[0]["metrics"]
-        if getattr(aggregation.get(metric), "__name__", "") == "mean"
-    ]
+    return [m for m in document["metrics"] if getattr(aggregation.get(m), "__name__", "") == "mean"]
 
 
-def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    class Quiet(HFLM):
-        """lm-eval's model without its own progress bars, which it shows whatever the environment says."""
+    encoded = _encoder(tokenizer)
+
+    class Watched(HFLM):
+        """lm-eval's model without its own progress bars, which it shows whatever the environment says.
+
+        It keeps tokens, since all jobs of a sweep ask the same, and notes what was cut off.
+        """
+
+        truncated: set[str]
+
+        def tok_encode(
+            self, string: str, add_special_tokens: Any = None, left_truncate_len: Any = None, **kw: Any
+        ) -> Any:
+            if kw or left_truncate_len or not isinstance(string, str):
+                return super().tok_encode(string, add_special_tokens, left_truncate_len, **kw)
+            if add_special_tokens is None:
+                return list(encoded(string, None, super().tok_encode))
+            return list(encoded(string, add_special_tokens, super().tok_encode))
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kw: Any) -> Any:
+            for (context, _), prefix, continuation in requests:
+                if len(prefix) + len(continuation) > self.max_length + 1:
+                    self.truncated.add(context)
+            return super()._loglikelihood_tokens(requests, *args, **kw)
+
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            return super().generate_until([self._fitting(r) for r in requests], disable_tqdm=disable_tqdm)
+
+        def _fitting(self, request: Any) -> Any:
+            """A request that leaves half of what the model reads to the question, if it asks for all and more."""
+            context, settings = request.args
+            room = settings.get("max_gen_toks", self.max_gen_toks)
+            if room >= self.max_length:
+                room = self.max_length // 2
+                request = replace(request, arguments=(context, settings | {"max_gen_toks": room}))
+            if len(self.tok_encode(context)) > self.max_length - room:
+                self.truncated.add(context)
+            return request
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
-    return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    watched = Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    watched.truncated = set()
+    return watched
 
 
-def _mean(key: str, values: list[tuple[int, float]]) -> Evaluation:
-    n = len(values)
-    mean = sum(v for _, v in values) / n
-    variance = sum((v - mean) ** 2 for _, v in values) / max(1, n - 1)
-    samples = [{"metric": key, "item": item, "value": float(value)} for item, value in values]
-    return Evaluation({key: float(mean), f"{key}_stderr": math.sqrt(variance / n)}, samples)
+@lru_cache(maxsize=4)
+def _encoder(tokenizer: Any) -> Any:
+    """Remembers the tokens of what was encoded once."""
+    known: dict[tuple[str, Any], tuple[int, ...]] = {}
+
+    def encoded(string: str, special: Any, encode: Any) -> tuple[int, ...]:
+        if (string, special) not in known:
+            if len(known) > 1 << 17:
+                known.clear()
+            known[string, special] = tuple(encode(string, special))
+        return known[string, special]
+
+    return encoded

@@ -1,18 +1,56 @@
-"""What to evaluate: perplexity on these texts, accuracy on these tasks."""
+"""What to evaluate: perplexity on these texts, accuracy on these tasks, answers to these questions."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qbench.data.corpora import Use, known, load_text, versioned
-from qbench.data.tokens import tokenize
-from qbench.evaluate.divergence import reference_logits
-from qbench.evaluate.harness import accuracy, check_names, prepare
-from qbench.evaluate.perplexity import check_length, perplexity, windows_of
+from qbench.data.corpora import Text, Use, check_name, load_text, short, versioned
+from qbench.data.library import Library
+from qbench.data.windows import Windows, evaluation_windows
+from qbench.evaluate import harness
+from qbench.evaluate.baseline import Baseline, Baselines, Reference, flips, no_flips, tail_of
+from qbench.evaluate.decoding import decoded
+from qbench.evaluate.harness import Ask, Harness
+from qbench.evaluate.logits import Batch, block_by_block, hopping, last_hidden, noted_hidden, whole
+from qbench.evaluate.perplexity import against_itself, perplexity, window_losses
 from qbench.evaluate.result import NOTHING, Evaluation
+from qbench.evaluate.stock import Shots
+from qbench.evaluate.talk import Talk
+
+_FULL = 0.9  # of a device's free memory, beyond which a model is not put there whole
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation, and what it is evaluated with.
+
+    Attributes:
+        device: Where it works; it is there, unless it is
+        streamed: kept on the CPU, and one block at a time goes to the device.
+        folder: Where it may leave what it generates; `None` for nowhere.
+    """
+
+    model: Any
+    tokenizer: Any
+    library: Library = field(default_factory=Library)
+    device: str = "cpu"
+    streamed: bool = False
+    folder: Path | None = None
+
+    def logits(self, windows: Windows, batch_size: int) -> Iterator[Batch]:
+        if self.streamed:
+            return block_by_block(self.model, windows.tokens, batch_size, self.device)
+        return whole(self.model, windows.tokens, batch_size)
+
+    def working(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts the model can be called as it is."""
+        return hopping(self.model, self.device) if self.streamed else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -20,10 +58,19 @@ class EvalPlan:
     """The evaluations of a job.
 
     Attributes:
-        ppl: Corpora, evaluated on windows of `seq_len` tokens, at most `max_windows` of them, evenly spread.
-        tasks: lm-eval tasks, on at most `limit` documents each.
-        kl: Whether the windows also give the divergence from the floating-point model's predictions.
+        ppl: Corpora or paths of texts, evaluated on windows of `seq_len` tokens, at most `max_windows` of them, evenly
+            spread.
+        tasks: Tasks of lm-eval, ours, or embedded, on at most `limit` documents each.
+        against_fp: Whether predictions and answers are also compared with the floating-point model's.
         split: The part of a corpus that is read. What is chosen by a number on the test text is not tested by it.
+        stride: Windows overlap and begin every so many tokens; `None` for windows that do not.
+        decode_ppl: Corpora whose perplexity is taken as generation goes, token by token through the cache, on at most
+            `decode_windows` windows.
+        shots: Solved examples before a question.
+        talk: Dialogue; `None` for none.
+        unsafe: Whether code that the model writes may be run.
+        skipped: Tasks that were asked for and whose data are missing, with the reason.
+        streamed: Whether one block at a time is on the device; `None` where the model does not fit otherwise.
         batch_size, task_batch_size: Windows and lm-eval requests run together; no part of a job's identity.
     """
 
@@ -33,92 +80,231 @@ class EvalPlan:
     max_windows: int | None = None
     limit: int | None = None
     batch_size: int = 4
-    task_batch_size: int = 32
-    kl: bool = False
+    task_batch_size: int | None = 32
+    against_fp: bool = False
     split: Use = "test"
+    stride: int | None = None
+    decode_ppl: tuple[str, ...] = ()
+    decode_windows: int | None = 8
+    shots: Shots = field(default_factory=Shots)
+    talk: Talk | None = None
+    unsafe: bool = False
+    streamed: bool | None = None
+    skipped: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if not self.ppl and not self.tasks:
+        if not (self.ppl or self.tasks or self.decode_ppl or self.talk or self.skipped):
             raise ValueError("nothing to evaluate: eval.ppl and eval.tasks are both empty")
-        if self.kl and not self.ppl:
-            raise ValueError("eval.kl compares predictions on the windows of eval.ppl, which is empty")
-        for name in self.ppl:
-            if name not in known():
-                raise ValueError(f"eval.ppl names {name!r}, known corpora are {', '.join(known())}")
+        if self.against_fp and not self.ppl and not self.tasks:
+            raise ValueError(
+                "eval.against_fp compares on the texts of eval.ppl and on eval.tasks, which are empty"
+            )
+        for key, names in (("ppl", self.ppl), ("decode_ppl", self.decode_ppl)):
+            for name in names:
+                check_name(name, self.split, f"eval.{key}")
         for key, least in (
-            ("seq_len", 2),
-            ("max_windows", 2),
-            ("limit", 2),
-            ("batch_size", 1),
-            ("task_batch_size", 1),
-        ):
+            ("seq_len", 2), ("max_windows", 2), ("limit", 2), ("batch_size", 1), ("task_batch_size", 1), ("stride", 1),
+            ("decode_windows", 2),
+        ):  # fmt: skip
             if (value := getattr(self, key)) is not None and value < least:
                 raise ValueError(f"eval.{key} is {value}, it must be at least {least}")
-        check_names(self.tasks)
+        if self.stride is not None and self.stride >= self.seq_len:
+            raise ValueError(f"eval.stride is {self.stride}, it must be below eval.seq_len={self.seq_len}")
+        harness.check_names(self.tasks)
+
+    @property
+    def windows_are_read(self) -> bool:
+        return bool(self.ppl or self.decode_ppl)
 
     def identity(self) -> dict[str, Any]:
         """What can change a number."""
+        optional = {  # only where they are set: earlier records stay what they were
+            "against_fp": self.against_fp,
+            "split": self.split if self.split != "test" else None,
+            "stride": self.stride if self.ppl else None,
+            "decode_ppl": [versioned(name) for name in self.decode_ppl],
+            "decode_windows": self.decode_windows if self.decode_ppl else None,
+            "shots": dict(self.shots.by_task) if self.tasks else None,
+            "shots_split": self.shots.split if self.tasks else None,
+            "talk": self.talk.identity() if self.talk else None,
+        }
         return {
             "ppl": [versioned(name) for name in self.ppl],
             "tasks": [versioned(name) for name in self.tasks],
-            "seq_len": self.seq_len if self.ppl else None,
+            "seq_len": self.seq_len if self.windows_are_read else None,
             "max_windows": self.max_windows if self.ppl else None,
             "limit": self.limit if self.tasks else None,
-            **(
-                {"kl": True} if self.kl else {}
-            ),  # only where they are set: earlier records stay what they were
-            **({} if self.split == "test" else {"split": self.split}),
+            **{key: value for key, value in optional.items() if value},
         }
 
-    def check(self, tokenizer: Any, root: Path | None = None) -> None:
-        """Refuse texts that are not there or too short; what is read here is kept.
+    def resolved(self, library: Library, *, skip: bool) -> "EvalPlan":
+        """This plan without the tasks whose data are missing, where they may be skipped.
+
+        Raises:
+            ValueError: If nothing is left.
+        """
+        if not skip:
+            return self
+        found = {name: harness.missing(name, library, self.shots) for name in self.tasks}
+        gone = tuple((name, reason) for name, reason in found.items() if reason)
+        left = tuple(name for name in self.tasks if not found[name])
+        if not (left or self.ppl or self.decode_ppl or self.talk):
+            raise ValueError(f"no task has its data; {gone[0][0]}: {gone[0][1]}")
+        return replace(self, tasks=left, skipped=gone)
+
+    def check(self, tokenizer: Any, library: Library) -> None:
+        """Refuse what is not there or too short; what is read here is kept.
 
         Raises:
             ValueError, FileNotFoundError: Saying which.
         """
-        for name in self.ppl:
-            check_length(name, self._tokens(name, tokenizer, root), self.seq_len)
+        for name in dict.fromkeys((*self.ppl, *self.decode_ppl)):
+            self._windows(name, tokenizer, library)
+        gone = {n: reason for n in self.tasks if (reason := harness.missing(n, library, self.shots))}
+        if gone:
+            name, reason = next(iter(gone.items()))
+            raise FileNotFoundError(
+                f"{len(gone)} of {len(self.tasks)} tasks lack data: {', '.join(gone)}; eval.skip_missing=true leaves "
+                f"them out. {name}: {reason}"
+            )
+        if self.talk is not None:
+            self.talk.check(tokenizer, library)
+        if self.unsafe:
+            from qbench.evaluate import sandbox
 
-    def prepare(self, tokenizer: Any, root: Path | None = None) -> None:
+            sandbox.check()
+
+    def prepare(self, tokenizer: Any, library: Library) -> None:
         """Read what will be evaluated on; it is kept."""
-        self.check(tokenizer, root)
-        prepare(self.tasks)
+        self.check(tokenizer, library)
+        for name in self.tasks:
+            harness.tasks_of(name, library, self.shots)
 
-    def reference(self, model: Any, tokenizer: Any, root: Path | None = None) -> dict[str, Tensor]:
-        """By corpus: what the floating-point `model` predicts, for `run`; empty where `kl` is unset."""
-        if not self.kl:
-            return {}
-        windows = {
-            n: windows_of(self._tokens(n, tokenizer, root), self.seq_len, self.max_windows) for n in self.ppl
+    def provenance(self, library: Library) -> dict[str, dict[str, Any]]:
+        """Which data the numbers come from: where they were found, SHA-256."""
+        texts = {n: load_text(n, self.split, library) for n in dict.fromkeys((*self.ppl, *self.decode_ppl))}
+        data: dict[str, dict[str, Any]] = {
+            f"eval/{short(n)}": {"origin": t.origin, "sha256": t.sha256} for n, t in texts.items()
         }
-        return {name: reference_logits(model, w, self.batch_size) for name, w in windows.items()}
+        return data | {f"eval/{name}": harness.origin(name, library, self.shots) for name in self.tasks}
 
-    def run(
-        self,
-        model: Any,
-        tokenizer: Any,
-        root: Path | None = None,
-        reference: Mapping[str, Tensor] | None = None,
-    ) -> Evaluation:
+    def evaluated_texts(self, tokenizer: Any, library: Library) -> dict[str, Tensor]:
+        """By text or task: its tokens, in which calibration text must not occur."""
+        found = {
+            short(n): self._windows(n, tokenizer, library).tokens.flatten()
+            for n in dict.fromkeys((*self.ppl, *self.decode_ppl))
+        }
+        return found | {
+            name: harness.question_tokens(name, library, self.shots, tokenizer) for name in self.tasks
+        }
+
+    def fits(self, model: Any, device: str) -> bool:
+        """Whether a model is put on the device whole."""
+        if self.streamed is not None:
+            return not self.streamed
+        if torch.device(device).type != "cuda":
+            return True
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        return size <= _FULL * torch.cuda.mem_get_info(device)[0]
+
+    def reference(
+        self, subject: Subject, identity: Mapping[str, Any], baselines: Baselines
+    ) -> Reference | None:
+        """What the untouched model of `subject` says, for `run`; `None` where nothing is compared.
+
+        Args:
+            identity: Of the model.
+        """
+        if not self.against_fp:
+            return None
+        found = {}
+        for name in self.ppl:
+            text = load_text(name, self.split, subject.library)
+            about = {
+                "model": identity, "text": name, "sha256": text.sha256, "seq_len": self.seq_len, "stride": self.stride,
+                "max_windows": self.max_windows, "device": torch.device(subject.device).type,
+            }  # fmt: skip
+            found[short(name)] = baselines.get(about, partial(self._text_baseline, subject, name))
+        for name in self.tasks:
+            about = {
+                "model": identity, "task": name, "limit": self.limit, "shots": repr(self.shots),
+                "data": harness.origin(name, subject.library, self.shots), "device": torch.device(subject.device).type,
+            }  # fmt: skip
+            found[name] = baselines.get(about, partial(self._task_baseline, subject, name))
+        return Reference(found, tail_of(subject.model) if self.ppl else None)
+
+    def _text_baseline(self, subject: Subject, name: str) -> Baseline:
+        windows = self._windows(name, subject.tokenizer, subject.library)
+        if subject.streamed:
+            hidden = last_hidden(subject.model, windows.tokens, self.batch_size, torch.device(subject.device))
+            losses = window_losses(subject.logits(windows, self.batch_size), windows)
+            return Baseline(perplexity(short(name), losses, windows), hidden)
+        with noted_hidden(subject.model) as noted:
+            losses = window_losses(subject.logits(windows, self.batch_size), windows)
+        return Baseline(perplexity(short(name), losses, windows), torch.cat(noted))
+
+    def _task_baseline(self, subject: Subject, name: str) -> Baseline:
+        with subject.working():
+            return Baseline(self._harness(subject).accuracy(name, subject.library, self._ask))
+
+    def run(self, subject: Subject, reference: Reference | None = None) -> Evaluation:
         """Evaluate a model.
 
         Raises:
-            ValueError: If `kl` is set and there is no `reference`.
+            ValueError: If predictions are compared and there is no `reference`.
         """
-        if self.kl and not reference:
+        if self.against_fp and reference is None:
             raise ValueError(
-                "eval.kl needs the floating-point model's predictions; pass EvalPlan.reference's"
+                "eval.against_fp needs the floating-point model's side; pass EvalPlan.reference's"
             )
         result = NOTHING
         for name in self.ppl:
-            result += perplexity(
-                model, name, self._tokens(name, tokenizer, root),
-                seq_len=self.seq_len, max_windows=self.max_windows, batch_size=self.batch_size,
-                reference=reference[name] if reference else None,
-            )  # fmt: skip
-        return result + accuracy(
-            model, tokenizer, self.tasks, limit=self.limit, batch_size=self.task_batch_size
-        )
+            windows = self._windows(name, subject.tokenizer, subject.library)
+            other = reference.logits(short(name)) if reference else None
+            losses = window_losses(subject.logits(windows, self.batch_size), windows, other)
+            result += perplexity(short(name), losses, windows)
+        with subject.working():
+            judged = self._harness(subject) if self.tasks else None
+            for name in self.tasks:
+                assert judged is not None
+                found = judged.accuracy(name, subject.library, self._ask)
+                result += found
+                if reference:
+                    result += flips(name, found, reference.baselines[name].evaluation)
+            return harness.drops(result) + self._rest(subject)
 
-    def _tokens(self, name: str, tokenizer: Any, root: Path | None) -> Tensor:
-        return tokenize(load_text(name, self.split, root), tokenizer)
+    def run_float(self, subject: Subject, reference: Reference) -> tuple[Evaluation, float]:
+        """The floating-point model's own evaluation, from its baselines, and the seconds that they took."""
+        result, seconds = NOTHING, 0.0
+        for name, baseline in reference.baselines.items():
+            result += baseline.evaluation
+            is_task = baseline.hidden is None
+            result += (
+                no_flips(name, baseline.evaluation) if is_task else against_itself(name, baseline.evaluation)
+            )
+            seconds += baseline.seconds
+        with subject.working():
+            return harness.drops(result) + self._rest(subject), seconds
+
+    def _rest(self, subject: Subject) -> Evaluation:
+        """What is not compared with the floating-point model."""
+        result = NOTHING
+        for name in self.decode_ppl:
+            text = load_text(name, self.split, subject.library)
+            windows = evaluation_windows(text, subject.tokenizer, self.seq_len, self.decode_windows)
+            losses = window_losses(decoded(subject.model, windows.tokens, self.batch_size), windows)
+            result += perplexity(short(name), losses, windows, "decode_ppl")
+        if self.talk is not None:
+            result += self.talk.run(subject.model, subject.tokenizer, subject.library, subject.folder)
+        return result
+
+    @property
+    def _ask(self) -> Ask:
+        return Ask(self.limit, self.shots, self.unsafe)
+
+    def _harness(self, subject: Subject) -> Harness:
+        return Harness(subject.model, subject.tokenizer, self.task_batch_size)
+
+    def _windows(self, name: str, tokenizer: Any, library: Library) -> Windows:
+        text: Text = load_text(name, self.split, library)
+        return evaluation_windows(text, tokenizer, self.seq_len, self.max_windows, self.stride)

@@ -1,5 +1,7 @@
 """What an evaluator returns."""
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,8 @@ class Evaluation:
 
     Attributes:
         metrics: Flat numbers; a metric's standard error has its name with `_stderr` behind it.
-        samples: One row per item: `{"metric", "item", "value"}`, what a paired test compares.
+        samples: One row per item: `{"metric", "item", "value"}`, what a paired test compares, and `"part"` where items
+            are of several kinds (a subject, a length, a position).
     """
 
     metrics: dict[str, float]
@@ -21,3 +24,25 @@ class Evaluation:
 
 
 NOTHING = Evaluation({}, [])
+
+
+def mean(metric: str, rows: Iterable[Mapping[str, Any]], over: str | None = None) -> Evaluation:
+    """The mean of rows `{"item", "value"}`, and its standard error.
+
+    Args:
+        over: A field of the rows: the mean is that of the means of the rows alike in it.
+    """
+    rows = list(rows)
+    kinds: dict[str, list[float]] = {}
+    for row in rows:
+        kinds.setdefault(str(row[over]) if over else "", []).append(float(row["value"]))
+    means = [sum(values) / len(values) for values in kinds.values()]
+    variances = [_variance(values) / len(values) for values in kinds.values()]
+    value, stderr = sum(means) / len(means), math.sqrt(sum(variances)) / len(means)
+    samples = [{"metric": metric, **row, "value": float(row["value"])} for row in rows]
+    return Evaluation({metric: value, f"{metric}_stderr": stderr}, samples)
+
+
+def _variance(values: list[float]) -> float:
+    average = sum(values) / len(values)
+    return sum((v - average) ** 2 for v in values) / max(1, len(values) - 1)

@@ -123,9 +123,8 @@ def keep_whole_past(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    names = ("cache", "past_key_values")  # since transformers 5.24, and before
-    name = next(name for name in names if name in signature(model.forward).parameters)
-    cache = next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
+    name = next(name for name in _CACHES if name in signature(model.forward).parameters)
+    cache = next((kwargs[n] for n in _CACHES if kwargs.get(n) is not None), None)
     if cache is None:
         if kwargs.get("use_cache") is False:
             return kwargs
@@ -135,7 +134,15 @@ def keep_whole_past(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
             for layer in cache.layers
         ]
-    return {key: value for key, value in kwargs.items() if key not in names} | {name: cache}
+    return {key: value for key, value in kwargs.items() if key not in _CACHES} | {name: cache}
+
+
+_CACHES = ("cache", "past_key_values")  # as models call it since transformers 5.24, and before
+
+
+def go_on(out: Any) -> dict[str, Any]:
+    """What a model must be called with to go on from its output `out`: the cache, by the name that it has there."""
+    return next(({name: out[name]} for name in _CACHES if out.get(name) is not None), {})
 
 
 def _padding(kv_len: int, position_ids: Tensor | None) -> Tensor:

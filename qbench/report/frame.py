@@ -52,10 +52,15 @@ def _protocol(record: dict[str, Any], metric: str) -> str:
     kind, _, name = metric.partition("/")
     if not name:
         return ""
-    if kind in ("ppl", "kl"):
+    if kind == "decode_ppl":
+        return f"[{how['seq_len']}{' x ' + str(how['decode_windows']) if how.get('decode_windows') else ''}]"
+    if kind in ("ppl", "bpb", "kl", "agreement"):
         windows = f"{how['seq_len']}{' x ' + str(how['max_windows']) if how['max_windows'] else ''}"
-        return f"[{windows}{' ' + how['split'] if how.get('split') else ''}]"
-    return f"[limit {how['limit']}]" if how["limit"] else "[all]"
+        stride = f" stride {how['stride']}" if how.get("stride") else ""
+        return f"[{windows}{stride}{' ' + how['split'] if how.get('split') else ''}]"
+    shots = how.get("shots", {}).get(name)
+    asked = f"limit {how['limit']}" if how["limit"] else "all"
+    return f"[{asked}{f', {shots} shots' if shots is not None else ''}]"
 
 
 def _settings(records: list[dict[str, Any]]) -> dict[str, str]:

@@ -21,6 +21,7 @@ COSTS = {
 _ROWS = 100  # jobs whose table is shown at the end of a command
 _REASONS = 10  # failures that the terminal explains
 _SHOWN = ("calib s",)  # in the terminal; files have all costs
+_IN_FILES = ("bpb/", "right_to_wrong/", "wrong_to_right/")  # what the terminal has no room for
 
 
 def quality_metrics(frame: pd.DataFrame) -> list[str]:
@@ -143,6 +144,7 @@ def show(frame: pd.DataFrame, console: Console) -> None:
     """The summary, a table for each model, without the costs that are for files only; fits 80 columns; then failures."""
     table = summary(frame)
     hidden = [title for title in COSTS.values() if title not in _SHOWN]
+    hidden += [str(column) for column in table if str(column).startswith(_IN_FILES)]
     for model, part in table.groupby("model", sort=False) if not table.empty else ():
         print_table(part.drop(columns=["model", *(c for c in hidden if c in part)]), str(model), console)
     _show_failures(frame, console)

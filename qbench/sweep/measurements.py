@@ -52,7 +52,8 @@ class Measurements:
             UsageError: If the config cannot be measured.
         """
         _check(config)
-        evaluation = config["eval"] | {"tasks": [], "kl": True, "split": "calibration"}
+        windows = {"against_fp": True, "split": "calibration"}
+        evaluation = config["eval"] | {"tasks": [], "decode_ppl": [], "dialogue": []} | windows
         results = str(Path(config["results"]) / FOLDER)
         base = config | {"eval": evaluation, "results": results, "baseline": True}
         try:
@@ -83,7 +84,7 @@ class Measurements:
             self.base["abits"],
             next(iter(self.jobs.values())).calib,
         )
-        parts = (group and f"g{group}", abits < FLOAT_BITS and f"a{abits}", calib and calib.name)
+        parts = (group and f"g{group}", abits < FLOAT_BITS and f"a{abits}", calib and calib.label)
         return [str(part) for part in parts if part]
 
     def text(self, bits: int) -> str:

@@ -31,6 +31,7 @@ class Plan:
         pruned: How many cells each rule left out.
         duplicates: How many cells were a job that is wanted already.
         problems: What was asked for and cannot run: the cell, and why.
+        left_out: Tasks whose data are missing, and why, where they may be.
     """
 
     settings: Settings | None = None
@@ -41,6 +42,7 @@ class Plan:
     pruned: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def store(self) -> RecordStore:
@@ -86,6 +88,7 @@ def make_plan(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
                 plan.duplicates += 1
                 continue
             _want(plan, job, recorded, force=config["force"])
+            plan.left_out |= dict(job.evaluation.skipped)
             shared = (*(id(config[key]) for key in ("model", "eval", "data")), config["device"])
             if is_sweep and config["baseline"] and shared not in seen:
                 seen.add(shared)

@@ -9,14 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from qbench.data.tokens import CalibrationSet
 from qbench.errors import UsageError
 from qbench.report.sensitivity import print_effects, print_statistics, write_effects, write_statistics
 from qbench.run import calibration_tokens
 from qbench.statistics import tensor_statistics
 from qbench.sweep.measurements import Measurements
 from qbench.sweep.session import OK
-from qbench.sweep.settings import Jobs, floating_point
+from qbench.sweep.settings import Jobs, calibration, floating_point
 from qbench.track.records import Record
 
 
@@ -51,17 +50,17 @@ def statistics(config: dict[str, Any]) -> int:
     """
     try:
         settings = Jobs().settings(config)
-        calib = CalibrationSet(**settings.calib.model_dump(), seed=settings.seed)
+        calib = calibration(settings.calib, settings.seed)
         job = replace(Jobs().job(floating_point(config)), calib=calib)
         job.check()
-        tokens = calibration_tokens(job.model, calib, job.data_root)
+        tokens = calibration_tokens(job.model, calib, job.library)
         model = job.model.load()
         rows = list(tensor_statistics(model, tokens, batch_size=calib.batch_size, device=job.device))
     except (ValueError, NotImplementedError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    console, name = output(), f"{job.model.name} on {calib.name}"
+    console, name = output(), f"{job.model.name} on {calib.label}"
     print_statistics(rows, name, console)
-    path = settings.results / "tables" / f"statistics-{job.model.name}-{calib.name}.csv"
+    path = settings.results / "tables" / f"statistics-{job.model.name}-{calib.label}.csv"
     write_statistics(rows, path)
     say(console, f"table     {path}")
     return OK

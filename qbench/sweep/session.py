@@ -45,6 +45,8 @@ def run_cells(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
     if plan.settings.plan:
         print_plan(plan)
         return BAD_INPUT if plan.problems else OK
+    for task, reason in plan.left_out.items():
+        complain(f"left out {task}: {reason.partition(': looked for')[0]}")
     for rule, count in plan.pruned.items():
         complain(f"pruned {count} of {plan.cells} cells: {rule}")
     return run_plan(plan, plan.settings, is_sweep=is_sweep)

@@ -13,10 +13,14 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 
 from qbench.algorithms.base import Algorithm
 from qbench.algorithms.fp import FloatingPoint
-from qbench.data.tokens import CalibrationSet
+from qbench.data.calibration import CalibrationSet
+from qbench.data.library import Library
 from qbench.engine import needs_data
 from qbench.errors import Unsuitable
+from qbench.evaluate.judge import Judge
 from qbench.evaluate.plan import EvalPlan
+from qbench.evaluate.stock import Shots
+from qbench.evaluate.talk import Talk
 from qbench.job import Job
 from qbench.models.load import ModelRef
 from qbench.quant.scheme import Scheme
@@ -42,18 +46,49 @@ class CalibSettings(_Strict):
     seq_len: int
     propagate_error: bool = True
     batch_size: int = 2
+    recipe: Literal["windows", "document", "pack", "truncate"] | None = None
+    path: str | None = None
+    mix: dict[str, float] | None = None
 
 
 class EvalSettings(_Strict):
+    """What is evaluated.
+
+    Attributes:
+        shots: Solved examples before a question, by task; `shots_split` is where they come from.
+        task_batch_size: `None` for as many as the GPU holds.
+        skip_missing: Leave out tasks whose data are missing, rather than refuse the job.
+        streamed: Keep one block at a time on the device; `None` where the model does not fit otherwise.
+    """
+
     ppl: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     seq_len: int = 2048
     max_windows: int | None = None
+    stride: int | None = None
     limit: int | None = None
+    shots: dict[str, NonNegativeInt] | None = None
+    shots_split: str | None = None
     batch_size: int = 4
-    task_batch_size: int = 32
-    kl: bool = False
+    task_batch_size: int | None = 32
+    against_fp: bool = False
     split: Literal["test", "calibration"] = "test"
+    decode_ppl: tuple[str, ...] = ()
+    decode_windows: int | None = 8
+    dialogue: tuple[str, ...] = ()
+    max_new_tokens: int = 512
+    plain_dialogue: bool = False
+    skip_missing: bool = False
+    allow_code_execution: bool = False
+    streamed: bool | None = None
+
+
+class JudgeSettings(_Strict):
+    """Who marks dialogue: an endpoint that speaks OpenAI's protocol. Its key is read from the environment alone."""
+
+    base_url: str | None = None
+    model: str | None = None
+    timeout: PositiveFloat = 120.0
 
 
 class SchemeSettings(_Strict):
@@ -63,7 +98,18 @@ class SchemeSettings(_Strict):
 
 
 class DataSettings(_Strict):
+    """Where data sets are.
+
+    Attributes:
+        files: Paths that serve in place of the usual ones, by `<corpus or hub id>/<split>`.
+    """
+
     root: Path | None = None
+    files: dict[str, str] | None = None
+
+    @property
+    def library(self) -> Library:
+        return Library(self.root, tuple((self.files or {}).items()))
 
 
 class TrackerSettings(_Strict):
@@ -180,6 +226,7 @@ class Settings(Plain):
     model: ModelSettings
     calib: CalibSettings
     eval: EvalSettings
+    judge: JudgeSettings
     data: DataSettings
     tracker: TrackerSettings
     launcher: LauncherSettings
@@ -212,8 +259,8 @@ class Jobs:
             ValueError: If a value is out of range, or a key unknown.
         """
         asked = self._checked_plain(config)
-        model, calib, evaluation, data = (
-            self._section(name, config) for name in ("model", "calib", "eval", "data")
+        model, calib, evaluation, judge, data = (
+            self._section(name, config) for name in ("model", "calib", "eval", "judge", "data")
         )
         name = title(asked.algo_name, config["algo"])
         algorithm = self._once("algorithm", config["algo"], partial(build_algorithm, name))
@@ -225,10 +272,10 @@ class Jobs:
             raise Unsuitable(f"algo={name} has nothing to quantize at w16a16", "set wbits, abits or kvbits")
         tokens = None
         if needs_data(algorithm, scheme):
-            tokens = self._once(f"seed {asked.seed}", calib, partial(_calibration, seed=asked.seed))
+            tokens = self._once(f"seed {asked.seed}", calib, partial(calibration, seed=asked.seed))
         return Job(
             self._once(asked.device, model, partial(_model, device=asked.device)), name, algorithm, scheme,
-            tokens, self._once("evaluation", evaluation, _evaluation), asked.device, data.root, config,
+            tokens, self._evaluations(evaluation, judge, data.library), asked.device, data.library, config,
         )  # fmt: skip
 
     def _checked_plain(self, config: dict[str, Any]) -> Plain:
@@ -254,6 +301,11 @@ class Jobs:
         if asked not in self._schemes:
             self._schemes[asked] = _scheme(asked, layers)
         return self._schemes[asked]
+
+    def _evaluations(self, asked: EvalSettings, judge: JudgeSettings, library: Library) -> EvalPlan:
+        # The sections are kept by _once, so that their ids stay their own.
+        name = f"evaluation {id(judge)} {library}"
+        return self._once(name, asked, lambda _: _evaluation(asked, judge, library))
 
     def _section(self, name: str, config: dict[str, Any]) -> Any:
         return self._once(name, config[name], _SECTIONS[name])
@@ -288,7 +340,8 @@ def _read(kind: type[Read], name: str, config: dict[str, Any]) -> Read:
 _SECTIONS: dict[str, Callable[[Any], _Strict]] = {
     name: partial(_read, kind, name)
     for name, kind in (
-        ("model", ModelSettings), ("calib", CalibSettings), ("eval", EvalSettings), ("data", DataSettings),
+        ("model", ModelSettings), ("calib", CalibSettings), ("eval", EvalSettings), ("judge", JudgeSettings),
+        ("data", DataSettings),
         ("scheme", SchemeSettings),
         ("tracker", TrackerSettings), ("launcher", LauncherSettings), ("job", JobSettings),
     )
@@ -302,12 +355,30 @@ def _model(asked: ModelSettings, device: str) -> ModelRef:
     return ModelRef(**model)
 
 
-def _calibration(asked: CalibSettings, seed: int) -> CalibrationSet:
-    return CalibrationSet(**asked.model_dump(), seed=seed)
+def calibration(asked: CalibSettings, seed: int) -> CalibrationSet:
+    """The calibration set of a section."""
+    return CalibrationSet(**asked.model_dump() | {"mix": tuple((asked.mix or {}).items())}, seed=seed)
 
 
-def _evaluation(asked: EvalSettings) -> EvalPlan:
-    return EvalPlan(**asked.model_dump())
+def _evaluation(asked: EvalSettings, judge: JudgeSettings, library: Library) -> EvalPlan:
+    plain = asked.model_dump(include={
+        "ppl", "tasks", "seq_len", "max_windows", "stride", "limit", "batch_size", "task_batch_size", "against_fp", "split",
+        "decode_ppl", "decode_windows", "streamed",
+    })  # fmt: skip
+    plan = EvalPlan(
+        **plain, shots=Shots(tuple((asked.shots or {}).items()), asked.shots_split),
+        talk=_talk(asked, judge), unsafe=asked.allow_code_execution,
+    )  # fmt: skip
+    return plan.resolved(library, skip=asked.skip_missing)
+
+
+def _talk(asked: EvalSettings, judge: JudgeSettings) -> Talk | None:
+    if not asked.dialogue:
+        return None
+    if (judge.base_url is None) != (judge.model is None):
+        raise ValueError("a judge needs both judge.base_url and judge.model")
+    by = Judge(judge.base_url, judge.model, judge.timeout) if judge.base_url and judge.model else None
+    return Talk(asked.dialogue, asked.max_new_tokens, asked.limit, asked.plain_dialogue, by)
 
 
 def build_algorithm(name: str, config: dict[str, Any]) -> Algorithm:

@@ -103,7 +103,9 @@ class RecordStore:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         if samples:
-            pq.write_table(pa.Table.from_pylist(samples), draft / "samples.parquet")
+            columns = dict.fromkeys(key for sample in samples for key in sample)
+            table = pa.table({key: [sample.get(key) for sample in samples] for key in columns})
+            pq.write_table(table, draft / "samples.parquet")
         for path in draft.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -1,0 +1,159 @@
+"""What the floating-point model says, once for each model, text or task, and protocol, for all jobs that compare.
+
+    results/baselines/<key>.json, <key>.safetensors
+
+Predictions are not kept, which would take a vocabulary for every token: the output of the last block is, from which the
+rest of the model makes them again.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.evaluate.logits import Tail
+from qbench.evaluate.result import NOTHING, Evaluation, mean
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Of one text or task.
+
+    Attributes:
+        hidden: What the last block put out, `(n_windows, seq_len, hidden)`; `None` for a task.
+        seconds: That it took.
+    """
+
+    evaluation: Evaluation
+    hidden: Tensor | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Baselines:
+    """Those of one results folder; the ones that were asked for last are kept in memory too.
+
+    Attributes:
+        folder: Where they are kept; `None` keeps them in memory alone.
+        made: Those that this process had to compute.
+    """
+
+    folder: Path | None = None
+    made: int = 0
+    _kept: dict[str, Baseline] = field(default_factory=dict)
+
+    def get(self, identity: Mapping[str, Any], make: Callable[[], Baseline]) -> Baseline:
+        """The baseline of this identity; whoever comes first makes it, and others wait for it."""
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        if key not in self._kept:
+            found = self._shared(key, make) if self.folder else self._made(make)
+            self._kept = {k: v for k, v in self._kept.items() if v.hidden is None or found.hidden is None}
+            self._kept[key] = found
+        return self._kept[key]
+
+    def _shared(self, key: str, make: Callable[[], Baseline]) -> Baseline:
+        from filelock import FileLock
+
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f"{key}.lock"):  # it goes with its process, should that be killed
+            if (found := self._read(key)) is None:
+                found = self._made(make)
+                self._write(key, found)
+        return found
+
+    def _made(self, make: Callable[[], Baseline]) -> Baseline:
+        self.made += 1
+        clock = time.perf_counter()
+        found = make()
+        return Baseline(found.evaluation, found.hidden, time.perf_counter() - clock)
+
+    def _read(self, key: str) -> Baseline | None:
+        from safetensors.torch import load_file
+
+        assert self.folder is not None
+        about, tensors = self.folder / f"{key}.json", self.folder / f"{key}.safetensors"
+        if not about.is_file():
+            return None
+        kept = json.loads(about.read_text())
+        hidden = load_file(tensors)["hidden"] if kept["hidden"] else None
+        return Baseline(Evaluation(kept["metrics"], kept["samples"]), hidden, kept["seconds"])
+
+    def _write(self, key: str, found: Baseline) -> None:
+        from safetensors.torch import save_file
+
+        assert self.folder is not None
+        if found.hidden is not None:
+            draft = self.folder / f".{key}.{os.getpid()}.safetensors"
+            save_file({"hidden": found.hidden.contiguous()}, draft)
+            draft.replace(self.folder / f"{key}.safetensors")
+        about = {
+            "metrics": found.evaluation.metrics, "samples": found.evaluation.samples,
+            "hidden": found.hidden is not None, "seconds": found.seconds,
+        }  # fmt: skip
+        draft = self.folder / f".{key}.{os.getpid()}.json"
+        draft.write_text(json.dumps(about))
+        draft.replace(self.folder / f"{key}.json")  # last: who finds it finds all
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a quantized model is compared with: the baselines, and the floating-point model's way from hidden states to
+    logits.
+    """
+
+    baselines: Mapping[str, Baseline]
+    tail: Tail | None = None
+
+    def logits(self, name: str) -> Callable[[slice, Tensor], Tensor]:
+        """The floating-point model's logits of a batch of windows of `name`."""
+        hidden, tail = self.baselines[name].hidden, self.tail
+        assert hidden is not None, f"{name} has no windows"
+        assert tail is not None, "windows are compared through the rest of the model"
+
+        def of(part: slice, ids: Tensor) -> Tensor:
+            return tail.to(ids.device)(ids, hidden[part].to(ids.device))
+
+        return of
+
+
+def flips(name: str, evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
+    """Which answers of a task became wrong or right: `flips/<task>`, of which `right_to_wrong` and `wrong_to_right`.
+
+    They are of the task's first metric that is 0 or 1 for each document; none where there is no such.
+    """
+    for metric in dict.fromkeys(s["metric"] for s in evaluation.samples):
+        now, before = (
+            {s["item"]: s for s in side.samples if s["metric"] == metric} for side in (evaluation, baseline)
+        )
+        values = {s["value"] for side in (now, before) for s in side.values()}
+        if metric.rpartition("/")[2] != name or not values <= {0.0, 1.0}:
+            continue
+        assert now.keys() == before.keys(), f"{metric}: the floating-point model was asked other documents"
+        change = {item: now[item]["value"] - before[item]["value"] for item in now}
+        kinds = {"flips": (1.0, -1.0), "right_to_wrong": (-1.0,), "wrong_to_right": (1.0,)}
+        result = NOTHING
+        for kind, counted in kinds.items():
+            rows = [{"item": item, "value": float(c in counted)} for item, c in change.items()]
+            found = mean(f"{kind}/{name}", rows)
+            result += Evaluation(found.metrics, found.samples if kind == "flips" else [])
+        return result
+    return NOTHING
+
+
+def no_flips(name: str, evaluation: Evaluation) -> Evaluation:
+    """What comparing the floating-point model's answers with themselves says."""
+    return flips(name, evaluation, evaluation)
+
+
+def tail_of(model: Any) -> Tail:
+    """The floating-point model's, with weights of its own: quantizing edits the model in place."""
+    with torch.no_grad():
+        return Tail(model, share=False)

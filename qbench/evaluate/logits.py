@@ -1,0 +1,131 @@
+"""What a model predicts on windows, batch by batch: whole, or one block at a time on the device.
+
+In the second way all windows go through one block before the next, so that the device holds one block and a batch of
+activations; hidden states wait on the CPU.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbench.calib.stream import first_inputs, hidden_of, swapped, to_device
+from qbench.engine import placed
+from qbench.models.family import family_of
+
+Batch = tuple[slice, Tensor, Tensor]  # which windows, their tokens, (batch, seq_len, vocab) logits
+
+
+def whole(model: Any, windows: Tensor, batch_size: int) -> Iterator[Batch]:
+    """Logits of a model that is on its device."""
+    with torch.inference_mode():
+        for part in _parts(len(windows), batch_size):
+            ids = windows[part].to(model.device)
+            yield part, ids, model(ids, use_cache=False).logits
+
+
+def block_by_block(
+    model: Any, windows: Tensor, batch_size: int, device: torch.device | str
+) -> Iterator[Batch]:
+    """Logits of a model that stays on the CPU but for the block at work."""
+    device = torch.device(device)
+    hidden = last_hidden(model, windows, batch_size, device)
+    tail = Tail(model, share=True)
+    with torch.inference_mode(), placed(tail.model, device):
+        for part in _parts(len(windows), batch_size):
+            ids = windows[part].to(device)
+            yield part, ids, tail(ids, hidden[part].to(device))
+
+
+def last_hidden(model: Any, windows: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """What the last block puts out, `(n_windows, seq_len, hidden)` on the CPU, one block on the device at a time."""
+    family = family_of(model)
+    stream, kwargs = first_inputs(model, family, windows, batch_size)
+    hidden = list(stream.batches())
+    with torch.inference_mode():
+        for block, kw in zip(model.get_submodule(family.blocks), kwargs, strict=True):
+            with placed(block, device):
+                there = to_device(kw, device)
+                hidden = [hidden_of(block(h.to(device), **there)).cpu() for h in hidden]
+    return torch.cat(hidden)
+
+
+@contextmanager
+def noted_hidden(model: Any) -> Iterator[list[Tensor]]:
+    """While it lasts, what the last block puts out is noted, on the CPU."""
+    family, noted = family_of(model), list[Tensor]()
+    last = list(model.get_submodule(family.blocks))[-1]
+    handle = last.register_forward_hook(lambda _, __, out: noted.append(hidden_of(out).cpu()))
+    try:
+        yield noted
+    finally:
+        handle.remove()
+
+
+class Tail:
+    """What a model does after its last block: the logits of hidden states, whatever norms, scales and caps come there.
+
+    It is the model itself with blocks that do nothing.
+
+    Args:
+        share: Use the model's own weights. Otherwise they are copied, so that editing the model leaves them alone.
+    """
+
+    def __init__(self, model: Any, *, share: bool) -> None:
+        blocks = model.get_submodule(family_of(model).blocks)
+        self._blocks = nn.ModuleList(_Nothing(block) for block in blocks)
+        memo: dict[int, Any] = {id(blocks): self._blocks}
+        if share:
+            inside = {id(p) for p in blocks.parameters()}
+            memo |= {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in inside}
+        self.model = copy.deepcopy(model, memo)
+
+    def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits, `(batch, seq_len, vocab)`, of what the last block put out for these tokens."""
+        with ExitStack() as stack:
+            stack.enter_context(swapped(self._blocks[-1], "forward", lambda *_, **__: hidden))
+            return self.model(ids, use_cache=False).logits
+
+    def to(self, device: torch.device) -> "Tail":
+        """The same, on `device` from now on."""
+        self.model.to(device)
+        return self
+
+
+class _Nothing(nn.Module):
+    """In the place of a block, with what models read of their blocks."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        own = nn.Module().__dict__
+        for name, value in block.__dict__.items():
+            if name not in own and not isinstance(value, nn.Module):
+                self.__dict__[name] = value
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden
+
+
+@contextmanager
+def hopping(model: Any, device: torch.device | str) -> Iterator[None]:
+    """While it lasts, a model on the CPU runs on `device`, where each block is only while it works."""
+    device = torch.device(device)
+    blocks = model.get_submodule(family_of(model).blocks)
+    handles = []
+    for block in blocks:
+        handles.append(block.register_forward_pre_hook(lambda b, *_: b.to(device) and None, prepend=True))
+        handles.append(block.register_forward_hook(lambda b, *_: b.to("cpu") and None))
+    try:
+        with placed(Tail(model, share=True).model, device):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parts(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
