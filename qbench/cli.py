@@ -115,10 +115,17 @@ def _config(arguments: list[str]) -> dict[str, Any]:
         raise UsageError(explain(error)) from error
 
 
+_VIEWS = ("against", "matrix", "by")
+
+
 def _tables(arguments: list[str]) -> int:
-    """`qbench tables [results=…] [against=<algo>]`: the tables of all records, or paired differences, shown and written."""
-    against = next((a.partition("=")[2] for a in arguments if a.startswith("against=")), None)
-    results = Path(_config([a for a in arguments if not a.startswith("against=")])["results"])
+    """`qbench tables [results=…] [against=<algo> | matrix=calib | by=part]`: all records, paired differences, calibration
+    sets by evaluation texts, or metrics by parts of their tasks; shown and written.
+    """
+    views = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in _VIEWS and "=" in a)
+    results = Path(_config([a for a in arguments if a.partition("=")[0] not in _VIEWS])["results"])
+    if len(views) > 1:
+        raise UsageError(f"one of {', '.join(f'{view}=' for view in views)} at a time")
     from rich.console import Console
 
     from qbench.report.frame import tidy
@@ -126,34 +133,42 @@ def _tables(arguments: list[str]) -> int:
     from qbench.track.records import RecordStore
 
     store = RecordStore(results)
-    if against:
-        return _paired(store, against, results / "tables")
-    frame = tidy(store.all())
-    if frame.empty:
-        raise UsageError(
-            f"no records under '{results / 'records'}'; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
-        )
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    show(frame, console)
-    paths = write(frame, results / "tables")
+    if views:
+        paths = _view(store, *next(iter(views.items())), results / "tables", console)
+    else:
+        frame = tidy(store.all())
+        if frame.empty:
+            raise UsageError(
+                f"no records under '{results / 'records'}'; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
+            )
+        show(frame, console)
+        paths = write(frame, results / "tables")
     console.print(f"\n{len(paths)} files in {results / 'tables'} (CSV, Markdown, LaTeX)", highlight=False)
     return 0
 
 
-def _paired(store: Any, against: str, folder: Path) -> int:
-    from rich.console import Console
+def _view(store: Any, view: str, value: str, folder: Path, console: Any) -> list[Path]:
+    """One of the tables that are made of samples, shown and written."""
+    from qbench.report import matrix, paired, parts
 
-    from qbench.report.paired import compare, show, write
-
+    records = list(store.all())
     try:
-        frame = compare(list(store.all()), store.samples, against)
+        if view == "against":
+            frame = paired.compare(records, store.samples, value)
+            paired.show(frame, value, console)
+            return paired.write(frame, value, folder)
+        if (view, value) == ("matrix", "calib"):
+            frame = matrix.compare(matrix.losses(records, store.samples))
+            matrix.show(frame, console)
+            return matrix.write(frame, folder)
+        if (view, value) == ("by", "part"):
+            frame = parts.by_part(records, store.samples)
+            parts.show(frame, console)
+            return parts.write(frame, folder)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    show(frame, against, console)
-    paths = write(frame, against, folder)
-    console.print(f"\n{len(paths)} files in {folder} (CSV, Markdown, LaTeX)", highlight=False)
-    return 0
+    raise UsageError(f"{view}={value} is no table; there are against=<algo>, matrix=calib and by=part")
 
 
 def _sync(arguments: list[str]) -> int:
@@ -204,6 +219,13 @@ def _sensitivity(arguments: list[str]) -> int:
     return solve(found, config) if request.verb == "solve" else measure(found)
 
 
+def _data(arguments: list[str]) -> int:
+    """`qbench data list | fetch | verify [-m] [data.root=…] [key=value …]`: data and models for machines without a hub."""
+    from qbench.sweep.provision import command
+
+    return command(arguments)
+
+
 def _worker(arguments: list[str]) -> int:
     """`qbench worker [results=…]`: help with the sweep that runs there, until nothing is left of it."""
     keys = {"results": "results", "launch": "", "name": "", "start": "0", "parent": ""}
@@ -222,5 +244,5 @@ def _worker(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tables": _tables, "sync": _sync, "status": _status, "retry": _retry, "sensitivity": _sensitivity,
-    "worker": _worker,
+    "worker": _worker, "data": _data,
 }  # fmt: skip

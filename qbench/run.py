@@ -120,6 +120,7 @@ def run(job: Job, shared: Shared, reporter: Reporter | None = None) -> Outcome:
     torch.manual_seed(0)  # whatever ran before in this process, a job starts from the same state
     try:
         metrics, quantized, samples = _measure(job, shared, reporter or Reporter())
+        data = _provenance(job, metrics)
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"not finite: {', '.join(bad)}")
     except Exception as error:  # whatever one job raises, the other jobs go on; the record says what it was
@@ -132,7 +133,7 @@ def run(job: Job, shared: Shared, reporter: Reporter | None = None) -> Outcome:
         "block_errors": quantized.errors,
         "block_reports": quantized.reports if any(quantized.reports) else [],
         "model_report": quantized.report,
-        "data": _provenance(job, metrics),
+        "data": data,
         "left_out": dict(job.evaluation.skipped),
     }
     return Outcome(_about(job, started) | result | _finished(), samples)

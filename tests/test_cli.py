@@ -100,7 +100,7 @@ BAD = {
     "an empty grid": (["-m", "seed=range(0)"], "the grid is empty"),
     "nothing to quantize": (["wbits=16"], "has nothing to quantize"),
     "hyperparameter out of range": (["algo=gptq", "algo.damp=0"], "damp is 0"),
-    "unknown corpus": (["eval.ppl=[wikitext3]"], "eval.ppl names 'wikitext3'"),
+    "unknown corpus": (["eval.ppl=[wikitext3]"], "eval.ppl is 'wikitext3', which is not known; did you mean wikitext2"),
     "no device": (["device=cuda"], "sees 0 CUDA devices"),
     "a window longer than the model reads": (["eval.seq_len=4096"], "reads at most 512 tokens"),
     "a sweep without -m": (["algo=rtn,gptq"], "-m"),

@@ -104,7 +104,7 @@ def test_a_disk_without_room_is_refused_at_the_start(qbench, monkeypatch, capfd)
 
 
 def test_a_result_that_cannot_be_stored_is_a_failure_of_its_job(qbench, monkeypatch):
-    monkeypatch.setattr("qbench.run._provenance", lambda job: {"eval/x": object()})
+    monkeypatch.setattr("qbench.run._provenance", lambda job, metrics: {"eval/x": object()})
     assert qbench("-m", "algo=rtn", "wbits=4", *QUIET) == 3
     assert {r["failure"] for r in records()} == {"raised"}
     assert all("not JSON serializable" in r["reason"] for r in records())

@@ -84,6 +84,20 @@ class Library:
             return False
         return True
 
+    def under_root(self, source: Source, split: str, name: str | None = None) -> str:
+        """Where `root` holds a split, in the words of `Rows.origin`; empty where it does not."""
+        if paths := self.local(source, split, name):
+            return _named(paths, self.root)
+        folder = _hub_folder(self, source)
+        return f"folder {source.hub_id}" if folder and _lists(str(folder), source, split) else ""
+
+    def on_machine(self, source: Source, split: str, name: str | None = None) -> str:
+        """Where this machine holds a split, in the words of `Rows.origin`; empty where it does not. Asks no hub."""
+        if (place := self.under_root(source, split, name)) or not source.on_hub:
+            return place
+        with offline():
+            return f"hub cache {source.hub_id}" if _lists(source.hub_id, source, split) else ""
+
     def expected(self, source: Source, split: str) -> str:
         """In words: the files that would serve."""
         places = [f"{self.root / p}" for p in source.patterns(split)] if self.root else []
@@ -104,12 +118,12 @@ def _rows(library: Library, source: Source, split: str, name: str | None) -> Row
         except Exception as error:  # the library raises its own kinds
             looked.append(f"{folder} ({first_line(error)})")
     if source.on_hub:
-        with _offline():
+        with offline():
             try:
                 return _loaded(source, split, source.hub_id, f"hub cache {source.hub_id}")
             except Exception:  # not there, in one of many words
                 looked.append("the local hub cache")
-        if reason := _unreachable():
+        if reason := unreachable():
             looked.append(f"{source.hub_id} on the hub ({reason})")
         else:
             try:
@@ -129,15 +143,21 @@ def _read(source: Source, split: str, paths: tuple[Path, ...], root: Path | None
     rows, digest = [], hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
-        rows += [row for row in read_rows(path) if source.keeps(row, split)]
+        # In the hub's layout a file holds one configuration alone, whose rows need not say which.
+        whole = source.on_hub and root is not None and path.is_relative_to(root / source.hub_id)
+        rows += [row for row in read_rows(path) if whole or source.keeps(row, split)]
     if not rows:
         raise FileNotFoundError(
             f"{', '.join(map(str, paths))} hold no row of split {split!r} of {source}, which is needed"
         )
-    names = [str(p.relative_to(root)) if root and p.is_relative_to(root) else str(p) for p in paths]
     columns = dict.fromkeys(key for row in rows for key in row)
     data = Dataset.from_dict({key: _alike([row.get(key) for row in rows]) for key in columns})
-    return Rows(data, "file " + ", ".join(names), digest.hexdigest())
+    return Rows(data, _named(paths, root), digest.hexdigest())
+
+
+def _named(paths: Iterable[Path], root: Path | None) -> str:
+    names = [str(p.relative_to(root)) if root and p.is_relative_to(root) else str(p) for p in paths]
+    return "file " + ", ".join(names)
 
 
 def _alike(values: list[Any]) -> list[Any]:
@@ -186,15 +206,35 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _loaded(source: Source, split: str, place: str, origin: str) -> Rows:
+    data = table(source, split, place)
+    return Rows(data, origin, _sha256(data))
+
+
+def table(source: Source, split: str, place: str, revision: str | None = None) -> Any:
+    """A split from a folder or the hub, as a `datasets.Dataset`; the library raises its own kinds."""
     import datasets
 
-    more: dict[str, Any] = {}
-    if place == source.hub_id and source.revision:
-        more["revision"] = source.revision
+    return datasets.load_dataset(**_asked(source, split, place, revision), split=split)
+
+
+def _asked(source: Source, split: str, place: str, revision: str | None = None) -> dict[str, Any]:
+    asked: dict[str, Any] = {"path": place, "name": source.config}
+    if place == source.hub_id and (revision or source.revision):
+        asked["revision"] = revision or source.revision
     if (file := source.hub_file(split)) is not None:
-        more["data_files"] = {split: file}
-    data = datasets.load_dataset(place, None if file else source.config, split=split, **more)
-    return Rows(data, origin, _sha256(data))
+        asked |= {"name": None, "data_files": {split: file}}
+    return asked
+
+
+def _lists(place: str, source: Source, split: str) -> bool:
+    """Whether a folder or the hub's cache has a split; nothing is read or converted."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(**_asked(source, split, place))
+    except Exception:  # not there, in one of many words
+        return False
+    return split in (builder.info.splits or builder.config.data_files or ())
 
 
 def _sha256(rows: Iterable[dict[str, Any]]) -> str:
@@ -228,7 +268,7 @@ def _existing(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """While it lasts the hub's libraries use their cache alone; they ask the hub first otherwise, with many retries."""
     import datasets
     import huggingface_hub.constants as hub
@@ -242,7 +282,7 @@ def _offline() -> Iterator[None]:
 
 
 @cache
-def _unreachable() -> str:
+def unreachable() -> str:
     """Why the hub cannot be asked; empty where it can. Looked at once, since each try of its libraries takes long."""
     import huggingface_hub.constants as hub
 

@@ -46,7 +46,11 @@ EMBEDDED: dict[str, dict[str, Any]] = {
         ],
     },
 }
-_DOCUMENTS = {"stdlib_cloze": embedded.cloze, "stdlib_copy": embedded.copying}
+EMBEDDED["stdlib_recall"] = EMBEDDED["stdlib_copy"]
+_DOCUMENTS = {
+    "stdlib_cloze": embedded.cloze, "stdlib_copy": embedded.copying, "stdlib_recall": embedded.recalling,
+}  # fmt: skip
+_SEED = 1234  # of examples: lm-eval's own
 _LONG = 100  # characters: shorter texts are set phrases and answers
 _ON_CPU = 32  # lm-eval finds the largest batch by running out of memory, which a CPU should not
 
@@ -79,6 +83,11 @@ def missing(name: str, library: Library, shots: Shots) -> str:
     return "" if name in EMBEDDED else stock.missing(name, library, shots)
 
 
+def runs_code(name: str) -> bool:
+    """Whether a task runs what the model writes."""
+    return name not in EMBEDDED and any(leaf.setting("unsafe_code") for leaf in stock.leaves(name))
+
+
 @cache
 def tasks_of(name: str, library: Library, shots: Shots) -> dict[str, tuple[str, Any]]:
     """The lm-eval task objects behind a name, and the part of it that each is; building them reads the data."""
@@ -93,12 +102,15 @@ def tasks_of(name: str, library: Library, shots: Shots) -> dict[str, tuple[str, 
 
 
 def origin(name: str, library: Library, shots: Shots) -> dict[str, Any]:
-    """Where a task's documents were found, and their SHA-256."""
+    """Where a task's documents, and examples, were found, and their SHA-256."""
     if name in EMBEDDED:
         text = load_text("stdlib_docs" if name == "stdlib_cloze" else "stdlib_code", "test")
         return {"origin": text.origin, "sha256": text.sha256}
     found = {
-        str(leaf.source): library.rows(leaf.source, leaf.tested) for leaf in stock.leaves(name) if leaf.source
+        (leaf.source, split): library.rows(leaf.source, split)
+        for leaf in stock.leaves(name)
+        if leaf.source
+        for split in stock.needed(name, leaf, shots)
     }
     places = dict.fromkeys(rows.origin for rows in found.values())
     shown = [*places] if len(places) < 4 else [*list(places)[:2], f"and {len(places) - 2} more"]
@@ -153,6 +165,9 @@ class Harness:
         found = tasks_of(name, library, ask.shots)
         tasks = {key: task for key, (_, task) in found.items()}
         self.language_model.truncated.clear()
+        for task in tasks.values():
+            # `evaluate` leaves examples to chance, and a task goes on where the last model's examples ended.
+            task.set_fewshot_seed(_SEED)
         results = evaluate(
             self.language_model, {"tasks": tasks}, samples=_chosen(tasks, ask.limit), bootstrap_iters=0,
             verbosity="ERROR", confirm_run_unsafe_code=ask.unsafe,
@@ -191,10 +206,15 @@ class Harness:
     def _truncated(self, name: str, documents: list[tuple[str, Any]]) -> Evaluation:
         seen: dict[tuple[str, int], bool] = {}
         for key, document in documents:
-            contexts = {str(argument[0]) for argument in document["arguments"]}
-            seen[key, document["doc_id"]] = bool(contexts & self.language_model.truncated)
+            asked = {_texts(argument) for argument in document["arguments"]}
+            seen[key, document["doc_id"]] = bool(asked & self.language_model.truncated)
         share = sum(seen.values()) / len(seen)
         return Evaluation({f"truncated/{name}": share}, [])
+
+
+def _texts(arguments: tuple[Any, ...]) -> tuple[str, ...]:
+    """What tells one request from others: many have the same context, an empty one above all."""
+    return tuple(argument for argument in arguments if isinstance(argument, str))
 
 
 def _numbers(documents: list[tuple[str, Any]]) -> dict[tuple[str, int], int]:
@@ -230,7 +250,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
         It keeps tokens, since all jobs of a sweep ask the same, and notes what was cut off.
         """
 
-        truncated: set[str]
+        truncated: set[tuple[str, ...]]
 
         def tok_encode(
             self, string: str, add_special_tokens: Any = None, left_truncate_len: Any = None, **kw: Any
@@ -245,10 +265,13 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kw: Any) -> Any:
-            for (context, _), prefix, continuation in requests:
-                if len(prefix) + len(continuation) > self.max_length + 1:
-                    self.truncated.add(context)
-            return super()._loglikelihood_tokens(requests, *args, **kw)
+            fitting = []
+            for texts, prefix, continuation in requests:  # windows of a long text have no texts
+                if texts and len(prefix) + len(continuation) > self.max_length + 1:
+                    self.truncated.add(_texts(texts))
+                # lm-eval cuts prefixes from the left, and stops where a continuation alone is too long.
+                fitting.append((texts, prefix, continuation[-self.max_length :]))
+            return super()._loglikelihood_tokens(fitting, *args, **kw)
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().generate_until([self._fitting(r) for r in requests], disable_tqdm=disable_tqdm)
@@ -261,7 +284,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
                 room = self.max_length // 2
                 request = replace(request, arguments=(context, settings | {"max_gen_toks": room}))
             if len(self.tok_encode(context)) > self.max_length - room:
-                self.truncated.add(context)
+                self.truncated.add(_texts(request.args))
             return request
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.data.corpora import Text, Use, check_name, load_text, short, versioned
+from qbench.data.corpora import CORPORA, Text, Use, check_name, load_text, short, versioned
 from qbench.data.library import Library
+from qbench.data.sources import Source
+from qbench.data.tokens import tokenize
 from qbench.data.windows import Windows, evaluation_windows
-from qbench.evaluate import harness
+from qbench.evaluate import harness, sandbox, stock
 from qbench.evaluate.baseline import Baseline, Baselines, Reference, flips, no_flips, tail_of
 from qbench.evaluate.decoding import decoded
 from qbench.evaluate.harness import Ask, Harness
@@ -21,7 +23,7 @@ from qbench.evaluate.logits import Batch, block_by_block, hopping, last_hidden, 
 from qbench.evaluate.perplexity import against_itself, perplexity, window_losses
 from qbench.evaluate.result import NOTHING, Evaluation
 from qbench.evaluate.stock import Shots
-from qbench.evaluate.talk import Talk
+from qbench.evaluate.talk import BENCHES, Talk
 
 _FULL = 0.9  # of a device's free memory, beyond which a model is not put there whole
 
@@ -169,9 +171,12 @@ class EvalPlan:
             )
         if self.talk is not None:
             self.talk.check(tokenizer, library)
-        if self.unsafe:
-            from qbench.evaluate import sandbox
-
+        if code := [name for name in self.tasks if harness.runs_code(name)]:
+            if not self.unsafe:
+                raise ValueError(
+                    f"{', '.join(code)} run what the model writes; allow it with eval.allow_code_execution=true, or "
+                    "leave them out"
+                )
             sandbox.check()
 
     def prepare(self, tokenizer: Any, library: Library) -> None:
@@ -179,6 +184,18 @@ class EvalPlan:
         self.check(tokenizer, library)
         for name in self.tasks:
             harness.tasks_of(name, library, self.shots)
+
+    def needed(self) -> Iterator[tuple[Source, str, str | None]]:
+        """The splits that are read, each with its corpus; what is embedded or the user's own is not among them."""
+        for name in (*self.ppl, *self.decode_ppl):
+            if name in CORPORA:
+                yield CORPORA[name].source, CORPORA[name].splits[self.split], name
+        for name in self.tasks:
+            for leaf in () if name in harness.EMBEDDED else stock.leaves(name):
+                if leaf.source is not None:
+                    yield from ((leaf.source, split, None) for split in stock.needed(name, leaf, self.shots))
+        for name in self.talk.benches if self.talk else ():
+            yield BENCHES[name][0], "train", name  # the judge's references may be lacking
 
     def provenance(self, library: Library) -> dict[str, dict[str, Any]]:
         """Which data the numbers come from: where they were found, SHA-256."""
@@ -191,7 +208,7 @@ class EvalPlan:
     def evaluated_texts(self, tokenizer: Any, library: Library) -> dict[str, Tensor]:
         """By text or task: its tokens, in which calibration text must not occur."""
         found = {
-            short(n): self._windows(n, tokenizer, library).tokens.flatten()
+            short(n): tokenize(load_text(n, self.split, library), tokenizer)
             for n in dict.fromkeys((*self.ppl, *self.decode_ppl))
         }
         return found | {

@@ -7,7 +7,7 @@ text, in one, and only their folders are indexed.
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ _OWN = Path(__file__).parent / "tasks"
 _NAMED = re.compile(
     r"""^["']?(task|group|tag)["']?:[ \t]*(?:\[([^\]]*)\]|([^\s#\[][^#\n]*)|\n((?:[ \t]*-[^\n]*\n?)+))""",
     re.MULTILINE,
+)
+_INCLUDED = re.compile(
+    r"""^include:[ \t]*(?:\[([^\]]*)\]|([^\s#\[][^#\n]*)|\n((?:[ \t]*-[^\n]*\n?)+))""", re.MULTILINE
 )
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -103,7 +106,7 @@ def missing(name: str, library: Library, shots: Shots) -> str:
     for leaf in leaves(name):
         if leaf.source is None:
             continue
-        for split in _needed(name, leaf, shots):
+        for split in needed(name, leaf, shots):
             try:
                 library.rows(leaf.source, split)
             except FileNotFoundError as error:
@@ -112,7 +115,8 @@ def missing(name: str, library: Library, shots: Shots) -> str:
     return reasons[0] + more if reasons else ""
 
 
-def _needed(name: str, leaf: Leaf, shots: Shots) -> list[str]:
+def needed(name: str, leaf: Leaf, shots: Shots) -> list[str]:
+    """The splits that are read: of the questions, and of the examples where there are such."""
     split = shots.source_split(leaf) if shots.of(name, leaf) else None
     return list(dict.fromkeys([leaf.tested, *([split] if split else [])]))
 
@@ -129,13 +133,17 @@ def build(name: str, library: Library, shots: Shots) -> dict[str, tuple[str, Any
     for leaf in found:
         member: dict[str, Any] = {"task": leaf.name, **leaf.overrides, "num_fewshot": shots.of(name, leaf)}
         if leaf.source is not None:
-            needed = _needed(name, leaf, shots)
-            data = {split: library.rows(leaf.source, split).data for split in needed}
+            splits = needed(name, leaf, shots)
+            data = {split: library.rows(leaf.source, split).data for split in splits}
             member["custom_dataset"] = _Handed(data)
             # lm-eval draws examples from the first of its splits that a task names: it may name what it was given.
-            member |= {key: None for key in _SPLITS if leaf.setting(key) not in (None, *needed)}
+            member |= {key: None for key in _SPLITS if leaf.setting(key) not in (None, *splits)}
             if shots.of(name, leaf):
-                member["fewshot_split"] = shots.source_split(leaf)
+                source = shots.source_split(leaf)
+                if shots.split is not None:
+                    member["fewshot_split"] = source
+                if source == leaf.tested:  # only then, and of a test split, does it leave the question out
+                    member |= {"fewshot_split": source, "test_split": source, "validation_split": None}
         members.append(member)
     group = {"group": "qbench", "task": members}
     tasks = _manager(_folders(name)).load([group])["tasks"]
@@ -190,17 +198,42 @@ def _members(
     entry = index[name]
     if entry.kind.name == "TAG":
         yield from ((task, overrides) for task in sorted(entry.tags))
-        return
-    if entry.kind.name != "GROUP":
+    elif entry.kind.name == "GROUP":
+        config = entry.cfg
+        if _for_tasks(config):  # the index has functions as their names
+            from lm_eval.tasks._yaml_loader import load_yaml
+
+            config = load_yaml(entry.yaml_path)
+        yield from _listed(index, config, overrides)
+    else:
         yield name, overrides
-        return
-    for member in entry.cfg["task"]:
-        if isinstance(member, str):
-            yield from _members(index, member, overrides)
+
+
+def _listed(
+    index: Mapping[str, Any], group: Mapping[str, Any], overrides: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The members of a group; what it sets for them yields to what is set outside, and a member's own does not."""
+    overrides = _for_tasks(group) | overrides
+    for member in group["task"]:
+        entry = {"task": member} if isinstance(member, str) else member
+        inner = entry.get("group") or entry.get("task")
+        if inner in index:
+            yield from _members(index, inner, overrides | _for_tasks(entry))
+        elif "group" in entry:
+            yield from _listed(index, entry, overrides)
         else:
-            inner = member.get("group") or member["task"]
-            more = {k: v for k, v in member.items() if k not in ("task", "group")}
-            yield from _members(index, inner, overrides | more)
+            raise NotImplementedError(
+                f"group {group['group']!r} holds a task {inner or ''!r} that is defined nowhere else, "
+                "which is not covered; name other tasks of it one by one"
+            )
+
+
+def _for_tasks(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group, or the mention of a member in one, sets for the tasks in it."""
+    from lm_eval.config.group import GroupConfig
+
+    own = {"tag", *(field.name for field in fields(GroupConfig))}
+    return {key: value for key, value in group.items() if key not in own}
 
 
 def _part(leaf: str, name: str) -> str:
@@ -209,9 +242,26 @@ def _part(leaf: str, name: str) -> str:
 
 @cache
 def _manager(folders: tuple[Path, ...]) -> Any:
+    """lm-eval's manager of what these folders hold, the first that has a name before others.
+
+    Given several folders itself, it would forget a tag's tasks in all but the last.
+    """
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders])
+    manager = TaskManager(include_defaults=False)
+    index = manager.task_index
+    for folder in folders:
+        for name, entry in _index(folder).items():
+            known = index.get(name, entry)
+            index[name] = replace(known, tags=known.tags | entry.tags)
+    return manager
+
+
+@cache
+def _index(folder: Path) -> Mapping[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False, include_path=str(folder)).task_index
 
 
 @cache
@@ -219,17 +269,23 @@ def _folders(name: str) -> tuple[Path, ...]:
     """The folders of the tasks behind a name; ours hide lm-eval's of the same name."""
     folders, left, seen = list[Path](), [name], {name}
     while left:
-        new = [f for f in _places()[left.pop()] if f not in folders]
-        folders += new
-        for entry in _manager(tuple(new)).task_index.values() if new else ():
-            if entry.name not in seen or entry.kind.name != "GROUP":
-                continue
-            for member in entry.cfg["task"]:
-                inner = member if isinstance(member, str) else member.get("group") or member["task"]
+        for folder in _places()[(asked := left.pop())]:
+            if folder not in folders:
+                folders.append(folder)
+            entry = _index(folder).get(asked)
+            for inner in _mentioned(entry.cfg) if entry and entry.kind.name == "GROUP" else ():
                 if inner not in seen and inner in _places():
                     seen.add(inner)
                     left.append(inner)
     return tuple(folders)
+
+
+def _mentioned(group: Mapping[str, Any]) -> Iterator[str]:
+    for member in group["task"]:
+        entry = {"task": member} if isinstance(member, str) else member
+        yield from (entry[key] for key in ("group", "task") if isinstance(entry.get(key), str))
+        if isinstance(entry.get("task"), list):
+            yield from _mentioned(entry)
 
 
 @cache
@@ -241,15 +297,32 @@ def _places() -> dict[str, tuple[Path, ...]]:
     for root in (_OWN, Path(lm_eval.tasks.__file__).parent):
         ours = set(found)
         for path in sorted(root.rglob("*.yaml")):
-            for kind, listed, single, lines in _NAMED.findall(
-                path.read_text(encoding="utf-8", errors="replace")
-            ):
-                if kind == "task" and not single:
-                    continue  # the members of a group
-                names = (
-                    listed.split(",") if listed else [single] if single else re.findall(r"-\s*(\S+)", lines)
-                )
-                for name in names:
-                    if (key := name.strip().strip("\"'")) not in ours:
-                        found.setdefault(key, {})[path.parent] = None
+            for _, name in _names(path):
+                if name not in ours:
+                    found.setdefault(name, {})[path.parent] = None
     return {name: tuple(places) for name, places in found.items()}
+
+
+def _names(path: Path) -> list[tuple[str, str]]:
+    """What a file names, each with its kind: itself, and tags, which may stand in a file that it includes."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = []
+    for kind, *words in _NAMED.findall(text):
+        if kind != "task" or words[1]:  # else the members of a group
+            found += [(kind, name) for name in _words(*words)]
+    if all(kind != "tag" for kind, _ in found):
+        for words in _INCLUDED.findall(text):
+            for included in _words(*words):
+                found += _tags((path.parent / included).resolve())
+    return found
+
+
+@cache
+def _tags(path: Path) -> tuple[tuple[str, str], ...]:
+    return tuple((kind, name) for kind, name in _names(path) if kind == "tag") if path.is_file() else ()
+
+
+def _words(listed: str, single: str, lines: str) -> list[str]:
+    """The items of a YAML list in brackets, one word, or a list in lines."""
+    words = listed.split(",") if listed else [single] if single else re.findall(r"-\s*(\S+)", lines)
+    return [word.strip().strip("\"'") for word in words]

@@ -188,6 +188,23 @@ def _show_failures(frame: pd.DataFrame, console: Console) -> None:
         console.print(f"and {len(failed) - _REASONS} more failed", highlight=False)
 
 
+def _warnings(records: Iterable[dict[str, Any]]) -> list[str]:
+    """What makes numbers untrustworthy, a line for each kind."""
+    overlaps, cut = dict[str, float](), dict[str, float]()
+    for record in records:
+        for name, about in record.get("data", {}).items():
+            for text, share in about.get("overlap", {}).items():
+                pair = f"{name.removeprefix('calib/')} in {text}"
+                overlaps[pair] = max(share, overlaps.get(pair, 0.0))
+        for metric, share in record["metrics"].items():
+            if metric.startswith("truncated/"):
+                cut[metric.partition("/")[2]] = max(share, cut.get(metric.partition("/")[2], 0.0))
+    found = [f"{pair} ({share:.0%} of the samples)" for pair, share in overlaps.items() if share]
+    lines = [f"WARNING   calibration text occurs in evaluation text: {', '.join(found)}"] if found else []
+    tasks = [f"{task} ({share:.0%})" for task, share in cut.items()]
+    return lines + ([f"cut off   longer than the model reads: {', '.join(tasks)}"] if tasks else [])
+
+
 def print_summary(
     records: Iterable[dict[str, Any]],
     *,
@@ -220,6 +237,7 @@ def print_summary(
         f"records   {results / 'records'}",
         f"tables    qbench tables results={results}",
     ]
+    lines[1:1] = _warnings(records)
     if failed:
         lines.append(f"failed    qbench retry results={results}")
     if tracker_uri:

@@ -1,0 +1,135 @@
+"""Calibration sets down, evaluation texts across: does it matter on which text a model is calibrated?
+
+Two things are drawn at random: the calibration samples (by the seed) and the windows that are evaluated. A difference
+counts only where it is sure on both grounds: between the draws of two sets (Welch's t-test of their perplexities on these
+windows) and between windows (a paired t-test of the means over draws). The larger of the two p-values is that of
+claiming both (an intersection-union test; Berger 1982); with a single draw there is the second test alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from scipy import stats
+
+from qbench.report.paired import Samples, holm
+from qbench.report.tables import print_table, save
+
+_SURE = 0.05
+_GROUP = ["model", "algo", "scheme"]
+
+
+def losses(records: Sequence[dict[str, Any]], samples: Samples) -> pd.DataFrame:
+    """Windows' mean negative log-likelihoods of all calibrated jobs.
+
+    Returns:
+        One row for each job, text and window: model, algo, scheme, calib, seed, text, item, value.
+
+    Raises:
+        ValueError: If no record is of a calibrated job.
+    """
+    parts = []
+    for record in records:
+        labels = record["labels"]
+        if record["status"] != "done" or labels["calib"] is None:
+            continue
+        found = pd.DataFrame(samples(record["fingerprint"]), columns=["metric", "item", "value"])
+        found = found[found["metric"].str.startswith("ppl/")].rename(columns={"metric": "text"})
+        found["text"] = found["text"].str.removeprefix("ppl/")
+        for key in (*_GROUP, "calib", "seed"):
+            found[key] = labels[key]
+        parts.append(found)
+    if not parts:
+        raise ValueError("no job with a calibration set is recorded; run e.g. `qbench -m +sweep=calibration`")
+    return pd.concat(parts, ignore_index=True)
+
+
+def compare(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each calibration set beside the best one for the same text, and beside the text's own.
+
+    Returns:
+        One row for each model, algorithm, scheme, text and set: value (perplexity), draws, change (from the best set's,
+        relative) and p of it, own_change (of the text's own set against this one, relative) and own_p; p-values are
+        corrected by Holm's method within a model, algorithm and scheme.
+    """
+    rows = []
+    for key, group in frame.groupby([*_GROUP, "text"], sort=False):
+        nll: dict[Any, float] = group.groupby("calib", sort=False)["value"].mean().to_dict()
+        least = min(nll, key=lambda calib: nll[calib])
+        own = group[group["calib"] == key[-1]]
+        best = group[group["calib"] == least]
+        for calib, mine in group.groupby("calib", sort=False):
+            row = dict(zip([*_GROUP, "text"], key, strict=True))
+            row |= {"calib": calib, "value": float(np.exp(nll[calib])), "draws": mine["seed"].nunique()}
+            row |= {"change": float(np.expm1(nll[calib] - nll[least])), "p": _p(mine, best)}
+            if len(own) and calib != key[-1]:
+                row |= {"own_change": float(np.expm1(nll[key[-1]] - nll[calib])), "own_p": _p(own, mine)}
+            rows.append(row)
+    found = pd.DataFrame(rows).reindex(columns=[*_COLUMNS])
+    for p in ("p", "own_p"):
+        found[p] = found.groupby(_GROUP)[p].transform(
+            lambda values: holm(values.dropna()).reindex(values.index)
+        )
+    return found
+
+
+_COLUMNS = (*_GROUP, "text", "calib", "value", "draws", "change", "p", "own_change", "own_p")
+
+
+def _p(one: pd.DataFrame, other: pd.DataFrame) -> float:
+    """How likely it is that two sets only seem to differ; NaN for a set and itself."""
+    if one["calib"].iloc[0] == other["calib"].iloc[0]:
+        return float("nan")
+    delta = one.groupby("item")["value"].mean() - other.groupby("item")["value"].mean()
+    if not delta.any():
+        return 1.0
+    across_windows = float(stats.ttest_1samp(delta, 0.0).pvalue)
+    draws = [side.groupby("seed")["value"].mean() for side in (one, other)]
+    if min(map(len, draws)) < 2:
+        return across_windows
+    return max(across_windows, float(stats.ttest_ind(*draws, equal_var=False).pvalue))
+
+
+def table(found: pd.DataFrame) -> pd.DataFrame:
+    """The matrix as text: perplexity, how much worse than the best set's, and `*` where that is sure."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for _, row in found.iterrows():
+        worse = f"{row['value']:.4g} (+{row['change']:.1%}{'*' if row['p'] < _SURE else ''})"
+        key = tuple(row[k] for k in (*_GROUP, "calib"))
+        cells.setdefault(key, {})[row["text"]] = worse if row["change"] else f"{row['value']:.4g} best"
+    rows = [dict(zip([*_GROUP, "calib"], key, strict=True)) | columns for key, columns in cells.items()]
+    return pd.DataFrame(rows).fillna("")
+
+
+def closest(found: pd.DataFrame) -> pd.DataFrame:
+    """Is a text's own set the best for it? A row for each model, algorithm, scheme and text that has one."""
+    rows = []
+    for key, group in found.dropna(subset=["own_p"]).groupby([*_GROUP, "text"], sort=False):
+        sure = group[group["own_p"] < _SURE]
+        wins, losses_ = int((sure["own_change"] < 0).sum()), int((sure["own_change"] > 0).sum())
+        verdict = "yes" if wins == len(group) else "no" if losses_ else "undecided"
+        row = dict(zip([*_GROUP, "text"], key, strict=True))
+        row |= {"better than": f"{wins} of {len(group)}", "worse than": f"{losses_} of {len(group)}"}
+        rows.append(row | {"closest is best": verdict})
+    return pd.DataFrame(rows)
+
+
+def show(found: pd.DataFrame, console: Console) -> None:
+    """The matrix of each model, algorithm and scheme, and what it says of the closest set."""
+    for key, part in table(found).groupby(_GROUP, sort=False):
+        title = f"{' '.join(map(str, key))}: perplexity by calibration set (* p < {_SURE}, against the column's best, Holm)"
+        print_table(part.drop(columns=_GROUP), title, console)
+    verdicts = closest(found)
+    if not verdicts.empty:
+        print_table(verdicts, f"is the text's own set better than each other one (p < {_SURE})?", console)
+
+
+def write(found: pd.DataFrame, folder: Path) -> list[Path]:
+    """All comparisons, the matrix and the verdicts, as CSV, Markdown and LaTeX."""
+    return save(
+        {"calibration": found, "calibration-matrix": table(found), "calibration-closest": closest(found)},
+        folder,
+    )
