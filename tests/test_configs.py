@@ -76,7 +76,7 @@ def test_every_study_names_axes_that_exist(path):
     assert axes
     for axis in axes:
         key, _, values = axis.partition("=")
-        for value in values.split(","):
+        for value in re.split(r",(?![^\[]*\])", values):  # not at the commas of a list
             settings_of(f"{key}={value}")
 
 

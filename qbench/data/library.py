@@ -14,6 +14,10 @@ from typing import Any
 from qbench.data.sources import SUFFIXES, Source
 from qbench.errors import first_line
 
+_WITHOUT_ALL = (
+    "ceval/ceval-exam",
+    "haonan-li/cmmlu",
+)  # whose "all" is ours: every configuration, one after another
 _REACHED_WITHIN = 5.0  # seconds in which a hub must answer
 
 
@@ -214,7 +218,13 @@ def table(source: Source, split: str, place: str, revision: str | None = None) -
     """A split from a folder or the hub, as a `datasets.Dataset`; the library raises its own kinds."""
     import datasets
 
-    return datasets.load_dataset(**_asked(source, split, place, revision), split=split)
+    asked = _asked(source, split, place, revision)
+    if source.config != "all" or source.hub_id not in _WITHOUT_ALL:
+        return datasets.load_dataset(**asked, split=split)
+    names = datasets.get_dataset_config_names(place, revision=asked.get("revision"))
+    return datasets.concatenate_datasets(
+        [datasets.load_dataset(**asked | {"name": n}, split=split) for n in names]
+    )
 
 
 def _asked(source: Source, split: str, place: str, revision: str | None = None) -> dict[str, Any]:

@@ -50,6 +50,7 @@ EMBEDDED["stdlib_recall"] = EMBEDDED["stdlib_copy"]
 _DOCUMENTS = {
     "stdlib_cloze": embedded.cloze, "stdlib_copy": embedded.copying, "stdlib_recall": embedded.recalling,
 }  # fmt: skip
+_ROOM = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing to lm-eval
 _SEED = 1234  # of examples: lm-eval's own
 _LONG = 100  # characters: shorter texts are set phrases and answers
 _ON_CPU = 32  # lm-eval finds the largest batch by running out of memory, which a CPU should not
@@ -164,6 +165,12 @@ class Harness:
 
         found = tasks_of(name, library, ask.shots)
         tasks = {key: task for key, (_, task) in found.items()}
+        metrics = {metric: how for task in tasks.values() for metric, how in task.aggregation().items()}
+        if not any(map(_is_mean, metrics.values())):
+            raise NotImplementedError(
+                f"task {name!r} has no metric that is a mean over documents, only {', '.join(metrics)}, "
+                "which is not covered; perplexity is measured by eval.ppl"
+            )
         self.language_model.truncated.clear()
         for task in tasks.values():
             # `evaluate` leaves examples to chance, and a task goes on where the last model's examples ended.
@@ -236,7 +243,11 @@ def _chosen(tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[int]]
 def _mean_metrics(task: Any, document: Mapping[str, Any]) -> Iterable[str]:
     """The metrics that are means over documents; others cannot be made from single documents."""
     aggregation = task.aggregation()
-    return [m for m in document["metrics"] if getattr(aggregation.get(m), "__name__", "") == "mean"]
+    return [m for m in document["metrics"] if _is_mean(aggregation.get(m))]
+
+
+def _is_mean(aggregation: Any) -> bool:
+    return getattr(aggregation, "__name__", "") == "mean"
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
@@ -279,7 +290,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
         def _fitting(self, request: Any) -> Any:
             """A request that leaves half of what the model reads to the question, if it asks for all and more."""
             context, settings = request.args
-            room = settings.get("max_gen_toks", self.max_gen_toks)
+            room = next((settings[n] for n in _ROOM if settings.get(n) is not None), self.max_gen_toks)
             if room >= self.max_length:
                 room = self.max_length // 2
                 request = replace(request, arguments=(context, settings | {"max_gen_toks": room}))

@@ -216,14 +216,14 @@ def _listed(
     overrides = _for_tasks(group) | overrides
     for member in group["task"]:
         entry = {"task": member} if isinstance(member, str) else member
-        inner = entry.get("group") or entry.get("task")
+        inner = str(entry.get("group") or entry.get("task") or "")
         if inner in index:
             yield from _members(index, inner, overrides | _for_tasks(entry))
         elif "group" in entry:
             yield from _listed(index, entry, overrides)
         else:
             raise NotImplementedError(
-                f"group {group['group']!r} holds a task {inner or ''!r} that is defined nowhere else, "
+                f"group {group['group']!r} holds a task {inner!r} that is defined nowhere else, "
                 "which is not covered; name other tasks of it one by one"
             )
 

@@ -6,13 +6,15 @@ where it is used: it takes seconds, for which a command whose jobs are all recor
 
 import hashlib
 import math
+import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qbench.data.library import unreachable
 from qbench.errors import Unsuitable, first_line
 from qbench.models.attention import check_kv
 from qbench.models.family import family_of
@@ -122,6 +124,8 @@ class ModelRef:
             "pretrained_model_name_or_path": str(self.folder or self.id),
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
+            # Without it the hub's libraries try again and again where there is no hub to be reached.
+            "local_files_only": self.folder is None and bool(unreachable()),
         }
 
     def load(self) -> Any:
@@ -155,8 +159,9 @@ class ModelRef:
         try:
             config = AutoConfig.from_pretrained(**self._source)
         except OSError as error:
+            why = unreachable() if self.folder is None else ""
             raise OSError(
-                f"model {self.id!r} was found neither locally nor on the hub ({first_line(error)}); "
+                f"model {self.id!r} was found neither locally nor on the hub ({why or first_line(error)}); "
                 "check model.id, log in for a gated model, or give a local folder"
             ) from error
         with torch.device("meta"):
@@ -164,6 +169,22 @@ class ModelRef:
         if self.outliers is not None:
             norm_links(model)
         return model
+
+
+@cache
+def fastest_dtype() -> str:
+    """`bfloat16` where this CPU multiplies matrices of it faster than of float32, which few do; measured once."""
+    best = {}
+    for dtype in ("float32", "bfloat16"):
+        a = torch.ones(256, 1024, dtype=getattr(torch, dtype))
+        b = torch.ones(1024, 1024, dtype=getattr(torch, dtype))
+        times = []
+        for _ in range(5):
+            clock = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - clock)
+        best[dtype] = min(times)
+    return min(best, key=lambda dtype: best[dtype])
 
 
 def check_fit(model: Any, scheme: Scheme) -> None:

@@ -22,7 +22,7 @@ from qbench.evaluate.plan import EvalPlan
 from qbench.evaluate.stock import Shots
 from qbench.evaluate.talk import Talk
 from qbench.job import Job
-from qbench.models.load import ModelRef
+from qbench.models.load import ModelRef, fastest_dtype
 from qbench.quant.scheme import Scheme
 from qbench.sweep.steps import in_full, title
 
@@ -34,7 +34,7 @@ class _Strict(BaseModel):
 class ModelSettings(_Strict):
     id: str
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "fastest", "float32", "bfloat16", "float16"] = "auto"
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     outliers: float | None = None
@@ -352,6 +352,8 @@ def _model(asked: ModelSettings, device: str) -> ModelRef:
     model = asked.model_dump()
     if model["dtype"] == "auto":  # CPUs are exact and no slower in float32; accelerators want half precision
         model["dtype"] = "float32" if device == "cpu" else "bfloat16"
+    if model["dtype"] == "fastest":
+        model["dtype"] = fastest_dtype() if device == "cpu" else "bfloat16"
     return ModelRef(**model)
 
 
