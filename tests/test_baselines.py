@@ -150,3 +150,13 @@ def test_baselines_of_other_protocols_are_others(qbench):
     assert qbench("algo=rtn", "wbits=4", "launcher=inline", *SMALL, "eval.max_windows=3") == 0
     after = [json.loads(p.read_text()) for p in Path("results/baselines").glob("*.json")]
     assert len(after) == before + 2  # the two texts; the tasks are asked the same
+
+
+def test_baselines_in_memory_are_those_asked_for_last(monkeypatch):
+    monkeypatch.setattr("qbench.evaluate.baseline._KEPT_UP_TO", 2 * made_up().n_bytes)
+    baselines = Baselines()
+    for text in "abcb":
+        baselines.get({"text": text}, made_up)
+    assert baselines.made == 3
+    baselines.get({"text": "a"}, made_up)
+    assert baselines.made == 4

@@ -217,3 +217,23 @@ def test_fewer_bits_of_the_cache_decode_worse(decoding):
     assert ppl[8] == pytest.approx(ppl[16], rel=0.01)
     for bits in (8, 4, 2):  # what is evaluated at once sees the same keys and values
         torch.testing.assert_close(*decoding[bits], rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_whose_blocks_hop_is_back_where_it_was_even_after_a_failure(llama, monkeypatch):
+    from torch import nn
+
+    moved, move = [], nn.Module.to
+    names = {id(block): f"block {i}" for i, block in enumerate(llama.model.layers)}
+    monkeypatch.setattr(
+        nn.Module, "to", lambda self, *a, **k: moved.append(names.get(id(self))) or move(self, *a, **k)
+    )
+    with hopping(llama, "cpu"):
+        moved.clear()
+        llama(TOKENS[:32][None])
+        assert moved == ["block 0", "block 0", "block 1", "block 1"]
+        assert len(llama.model.layers) == 2
+    hooks = [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in llama.model.layers]
+    assert hooks == [0, 0]
+    with pytest.raises(RuntimeError, match="broken"), hopping(llama, "cpu"):
+        raise RuntimeError("broken")
+    assert {str(p.device) for p in llama.parameters()} == {"cpu"}

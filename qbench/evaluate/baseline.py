@@ -21,6 +21,8 @@ from torch import Tensor
 from qbench.evaluate.logits import Tail
 from qbench.evaluate.result import NOTHING, Evaluation, mean
 
+_KEPT_UP_TO = 2 << 30  # bytes in memory; what is more is read again
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -34,6 +36,10 @@ class Baseline:
     evaluation: Evaluation
     hidden: Tensor | None = None
     seconds: float = 0.0
+
+    @property
+    def n_bytes(self) -> int:
+        return 0 if self.hidden is None else self.hidden.numel() * self.hidden.element_size()
 
 
 @dataclass
@@ -53,9 +59,9 @@ class Baselines:
         """The baseline of this identity; whoever comes first makes it, and others wait for it."""
         key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
         if key not in self._kept:
-            found = self._shared(key, make) if self.folder else self._made(make)
-            self._kept = {k: v for k, v in self._kept.items() if v.hidden is None or found.hidden is None}
-            self._kept[key] = found
+            self._kept[key] = self._shared(key, make) if self.folder else self._made(make)
+            while len(self._kept) > 1 and sum(kept.n_bytes for kept in self._kept.values()) > _KEPT_UP_TO:
+                del self._kept[next(iter(self._kept))]
         return self._kept[key]
 
     def _shared(self, key: str, make: Callable[[], Baseline]) -> Baseline:

@@ -119,6 +119,7 @@ def origin(name: str, library: Library, shots: Shots) -> dict[str, Any]:
     return {"origin": ", ".join(shown) or "made", "sha256": hashlib.sha256(digests.encode()).hexdigest()}
 
 
+@lru_cache(maxsize=64)
 def question_tokens(name: str, library: Library, shots: Shots, tokenizer: Any) -> Tensor:
     """The long texts in the documents of a task, one after another, `(n_tokens,)`."""
     texts = dict.fromkeys(

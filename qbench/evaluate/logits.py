@@ -114,16 +114,30 @@ def hopping(model: Any, device: torch.device | str) -> Iterator[None]:
     """While it lasts, a model on the CPU runs on `device`, where each block is only while it works."""
     device = torch.device(device)
     blocks = model.get_submodule(family_of(model).blocks)
-    handles = []
+    handles, home = [], model.device
     for block in blocks:
         handles.append(block.register_forward_pre_hook(lambda b, *_: b.to(device) and None, prepend=True))
-        handles.append(block.register_forward_hook(lambda b, *_: b.to("cpu") and None))
+        handles.append(block.register_forward_hook(lambda b, *_: b.to(home) and None))
+    _move_rest(model, device)
     try:
-        with placed(Tail(model, share=True).model, device):
-            yield
+        yield
     finally:
+        _move_rest(model, home)
+        blocks.to(home)  # one is left where it worked if it failed
         for handle in handles:
             handle.remove()
+
+
+def _move_rest(model: Any, device: torch.device) -> None:
+    """Move all of a model but its blocks."""
+    path, _, name = family_of(model).blocks.rpartition(".")
+    parent = model.get_submodule(path)
+    blocks = getattr(parent, name)
+    setattr(parent, name, nn.ModuleList())
+    try:
+        model.to(device)
+    finally:
+        setattr(parent, name, blocks)
 
 
 def _parts(n: int, size: int) -> Iterator[slice]:
