@@ -73,7 +73,7 @@ def task() -> None:
     from omegaconf import DictConfig
 
     from qbench.engine import quantize
-    from qbench.evaluate.plan import Subject
+    from qbench.evaluate.evaluator import Evaluator
     from qbench.sweep.compose import plain
     from qbench.sweep.settings import Jobs
     from qbench.sweep.shipped import CONF
@@ -91,7 +91,7 @@ def task() -> None:
         calib = time.perf_counter() - clock
         job.evaluation.prepare(tokenizer, job.library)
         clock = time.perf_counter()
-        result = job.evaluation.run(Subject(model, tokenizer, job.library))
+        result = Evaluator(job.evaluation, model, tokenizer, job.library).run()
         metrics = result.metrics | {"calib_time_s": calib, "eval_time_s": time.perf_counter() - clock}
         mlflow.set_tracking_uri("sqlite:///mlflow.db")
         mlflow.set_experiment("plain")

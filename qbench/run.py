@@ -33,7 +33,8 @@ from qbench.deploy.size import size_metrics
 from qbench.engine import Quantized, placed, quantize
 from qbench.errors import first_line
 from qbench.evaluate.baseline import Baselines
-from qbench.evaluate.plan import EvalPlan, Subject
+from qbench.evaluate.evaluator import Evaluator
+from qbench.evaluate.plan import EvalPlan
 from qbench.job import Job, tokenizer
 from qbench.models.family import family_of
 from qbench.models.load import ModelRef
@@ -183,9 +184,9 @@ def _measure(
         tokens = calibration_tokens(job.model, job.calib, job.library) if job.calib else None
         first = shared.first(model, job)
         job.evaluation.prepare(tokenizer(job.model), job.library)
-        subject = _subject(model, job)
-        with _at_work(subject):
-            reference = job.evaluation.reference(subject, job.model.identity(), shared.baselines(job))
+        evaluator = _evaluator(model, job)
+        with _at_work(evaluator):
+            reference = evaluator.reference(job.model.identity(), shared.baselines(job))
     n_parameters = sum(p.numel() for p in model.parameters())  # tied parameters are listed once
     with _phase("calib", job, metrics, reporter):
         quantized = quantize(
@@ -194,31 +195,31 @@ def _measure(
             batch_size=job.calib.batch_size if job.calib else 8, device=job.device, on_block=reporter.block,
         )  # fmt: skip
     metrics |= size_metrics(model, n_parameters, quantized.stored_bits, quantized.extra_bits)
-    with _phase("eval", job, metrics, reporter), _at_work(subject):
+    with _phase("eval", job, metrics, reporter), _at_work(evaluator):
         if reference is not None and isinstance(job.algorithm, FloatingPoint):
-            result, seconds = job.evaluation.run_float(subject, reference)
+            result, seconds = evaluator.run_float(reference)
         else:
-            result, seconds = job.evaluation.run(subject, reference), 0.0
+            result, seconds = evaluator.run(reference), 0.0
     metrics["eval_time_s"] += seconds  # of what this job read, since it was computed before
     if quantized.errors:
         metrics["block_error_mean"] = sum(quantized.errors) / len(quantized.errors)
     return metrics | result.metrics, quantized, result.samples
 
 
-def _subject(model: Any, job: Job) -> Subject:
+def _evaluator(model: Any, job: Job) -> Evaluator:
     results = job.settings.get("results")
-    return Subject(
-        model, tokenizer(job.model), job.library, job.device,
+    return Evaluator(
+        job.evaluation, model, tokenizer(job.model), job.library, job.device,
         streamed=not job.evaluation.fits(model, job.device),
         folder=Path(results) / "dialogue" / job.fingerprint if results else None,
     )  # fmt: skip
 
 
-def _at_work(subject: Subject) -> contextlib.AbstractContextManager[None]:
+def _at_work(evaluator: Evaluator) -> contextlib.AbstractContextManager[None]:
     """While it lasts the model is on its device, unless it goes there block by block."""
-    return (
-        contextlib.nullcontext() if subject.streamed else placed(subject.model, torch.device(subject.device))
-    )
+    if evaluator.streamed:
+        return contextlib.nullcontext()
+    return placed(evaluator.model, torch.device(evaluator.device))
 
 
 @contextlib.contextmanager

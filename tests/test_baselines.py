@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qbench.evaluate.baseline import Baseline, Baselines, flips
-from qbench.evaluate.plan import EvalPlan
+from qbench.evaluate.evaluator import Evaluator
 from qbench.evaluate.result import Evaluation
 from qbench.track.records import RecordStore
 
@@ -30,11 +30,13 @@ def records() -> list[dict]:
 def test_a_sweep_evaluates_the_floating_point_model_once_for_each_evaluation_set(qbench, monkeypatch):
     asked = []
     for name in ("_text_baseline", "_task_baseline"):
-        make = getattr(EvalPlan, name)
-        monkeypatch.setattr(EvalPlan, name, lambda *a, make=make: asked.append(a[2]) or make(*a))
-    grid = ("-m", "algo=rtn,gptq", "wbits=8,6,5,4,3", "seed=0,1", "launcher=inline")
+        make = getattr(Evaluator, name)
+        monkeypatch.setattr(
+            Evaluator, name, lambda self, text, make=make: asked.append(text) or make(self, text)
+        )
+    grid = ("-m", "algo=rtn,gptq", "wbits=8,6,5,4,3", "seed=0,1,2", "launcher=inline")
     assert qbench(*grid, *SMALL) == 0
-    assert len(records()) == 16  # rounding to nearest has no seed: 5 + 10, and floating point
+    assert len(records()) == 21  # rounding to nearest has no seed: 5 + 15, and floating point
     sets = ["stdlib_docs", "stdlib_code", "stdlib_cloze", "stdlib_copy"]
     assert sorted(asked) == sorted(sets)
     assert (

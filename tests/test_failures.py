@@ -37,17 +37,17 @@ def test_the_floating_point_model_runs_first_and_groups_follow(qbench):
 
 
 def test_retry_runs_failed_jobs_with_smaller_batches_after_running_out_of_memory(qbench, monkeypatch, capfd):
-    from qbench.evaluate.plan import EvalPlan
+    from qbench.evaluate.evaluator import Evaluator
 
-    evaluate, sizes = EvalPlan.run, []
+    evaluate, sizes = Evaluator.run, []
 
     def large_batches_do_not_fit(self, *arguments):
-        sizes.append(self.batch_size)
-        if self.batch_size > 3:
+        sizes.append(self.plan.batch_size)
+        if self.plan.batch_size > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return evaluate(self, *arguments)
 
-    monkeypatch.setattr(EvalPlan, "run", large_batches_do_not_fit)
+    monkeypatch.setattr(Evaluator, "run", large_batches_do_not_fit)
     assert qbench("-m", "algo=rtn", "wbits=4,3", *QUIET) == 3
     before = {r["fingerprint"] for r in records()}
     assert {r["failure"] for r in records()} == {"oom"}

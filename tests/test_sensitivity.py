@@ -22,6 +22,7 @@ from qbench.engine import quantize
 from qbench.errors import Unsuitable
 from qbench.evaluate import divergence as divergences
 from qbench.evaluate.divergence import divergence
+from qbench.evaluate.evaluator import Evaluator
 from qbench.evaluate.plan import EvalPlan
 from qbench.models.family import family_of
 from qbench.models.units import CUTS, component_of, units_of
@@ -164,7 +165,7 @@ def test_an_evaluation_without_divergence_is_the_job_that_it_was():
     with pytest.raises(ValueError, match="which are empty"):
         EvalPlan(decode_ppl=("stdlib_docs",), against_fp=True)
     with pytest.raises(ValueError, match="floating-point model's side"):
-        kl.run(None)
+        Evaluator(kl, None, None).run()
 
 
 def test_differences_are_paired_by_window():
@@ -357,7 +358,7 @@ def test_what_cannot_be_measured_is_one_line_and_exit_code_2(case, qbench, capfd
 
 
 def test_failed_measurements_are_named_and_the_solver_refuses_to_guess(qbench, capfd, monkeypatch):
-    evaluate = EvalPlan.run
+    evaluate = Evaluator.run
     calls = []
 
     def break_third(self, *arguments):
@@ -366,7 +367,7 @@ def test_failed_measurements_are_named_and_the_solver_refuses_to_guess(qbench, c
             raise RuntimeError("the third breaks")
         return evaluate(self, *arguments)
 
-    monkeypatch.setattr(EvalPlan, "run", break_third)
+    monkeypatch.setattr(Evaluator, "run", break_third)
     assert qbench("sensitivity", "solve", "budget=3.5", "by=component", "bits=3,4", *SMALL) == 2
     captured = capfd.readouterr()
     assert "the third breaks" in captured.out

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +146,11 @@ def _read(source: Source, split: str, paths: tuple[Path, ...], root: Path | None
 
     rows, digest = [], hashlib.sha256()
     for path in paths:
-        digest.update(path.read_bytes())
+        found, content = _file(path)
+        digest.update(content)
         # In the hub's layout a file holds one configuration alone, whose rows need not say which.
         whole = source.on_hub and root is not None and path.is_relative_to(root / source.hub_id)
-        rows += [row for row in read_rows(path) if whole or source.keeps(row, split)]
+        rows += [row for row in found if whole or source.keeps(row, split)]
     if not rows:
         raise FileNotFoundError(
             f"{', '.join(map(str, paths))} hold no row of split {split!r} of {source}, which is needed"
@@ -157,6 +158,12 @@ def _read(source: Source, split: str, paths: tuple[Path, ...], root: Path | None
     columns = dict.fromkeys(key for row in rows for key in row)
     data = Dataset.from_dict({key: _alike([row.get(key) for row in rows]) for key in columns})
     return Rows(data, _named(paths, root), digest.hexdigest())
+
+
+@lru_cache(maxsize=8)
+def _file(path: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """The rows of a file, and the digest of its bytes: one file may hold the subjects of sixty tasks."""
+    return list(read_rows(path)), hashlib.sha256(path.read_bytes()).digest()
 
 
 def _named(paths: Iterable[Path], root: Path | None) -> str:

@@ -31,9 +31,15 @@ def block_by_block(
     model: Any, windows: Tensor, batch_size: int, device: torch.device | str
 ) -> Iterator[Batch]:
     """Logits of a model that stays on the CPU but for the block at work."""
-    device = torch.device(device)
-    hidden = last_hidden(model, windows, batch_size, device)
-    tail = Tail(model, share=True)
+    hidden = last_hidden(model, windows, batch_size, torch.device(device))
+    yield from from_hidden(model, hidden, windows, batch_size, device)
+
+
+def from_hidden(
+    model: Any, hidden: Tensor, windows: Tensor, batch_size: int, device: torch.device | str
+) -> Iterator[Batch]:
+    """Logits of what the last block put out, `(n_windows, seq_len, hidden)`."""
+    device, tail = torch.device(device), Tail(model, share=True)
     with torch.inference_mode(), placed(tail.model, device):
         for part in _parts(len(windows), batch_size):
             ids = windows[part].to(device)

@@ -1,58 +1,22 @@
 """What to evaluate: perplexity on these texts, accuracy on these tasks, answers to these questions."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qbench.data.corpora import CORPORA, Text, Use, check_name, load_text, short, versioned
+from qbench.data.corpora import CORPORA, Use, check_name, load_text, short, versioned
 from qbench.data.library import Library
 from qbench.data.sources import Source
 from qbench.data.tokens import tokenize
 from qbench.data.windows import Windows, evaluation_windows
 from qbench.evaluate import harness, sandbox, stock
-from qbench.evaluate.baseline import Baseline, Baselines, Reference, flips, no_flips, tail_of
-from qbench.evaluate.decoding import decoded
-from qbench.evaluate.harness import Ask, Harness
-from qbench.evaluate.logits import Batch, block_by_block, hopping, last_hidden, noted_hidden, whole
-from qbench.evaluate.perplexity import against_itself, perplexity, window_losses
-from qbench.evaluate.result import NOTHING, Evaluation
 from qbench.evaluate.stock import Shots
 from qbench.evaluate.talk import BENCHES, Talk
 
 _FULL = 0.9  # of a device's free memory, beyond which a model is not put there whole
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under evaluation, and what it is evaluated with.
-
-    Attributes:
-        device: Where it works; it is there, unless it is
-        streamed: kept on the CPU, and one block at a time goes to the device.
-        folder: Where it may leave what it generates; `None` for nowhere.
-    """
-
-    model: Any
-    tokenizer: Any
-    library: Library = field(default_factory=Library)
-    device: str = "cpu"
-    streamed: bool = False
-    folder: Path | None = None
-
-    def logits(self, windows: Windows, batch_size: int) -> Iterator[Batch]:
-        if self.streamed:
-            return block_by_block(self.model, windows.tokens, batch_size, self.device)
-        return whole(self.model, windows.tokens, batch_size)
-
-    def working(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts the model can be called as it is."""
-        return hopping(self.model, self.device) if self.streamed else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -161,7 +125,7 @@ class EvalPlan:
             ValueError, FileNotFoundError: Saying which.
         """
         for name in dict.fromkeys((*self.ppl, *self.decode_ppl)):
-            self._windows(name, tokenizer, library)
+            self.windows(name, tokenizer, library)
         gone = {n: reason for n in self.tasks if (reason := harness.missing(n, library, self.shots))}
         if gone:
             name, reason = next(iter(gone.items()))
@@ -224,104 +188,7 @@ class EvalPlan:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         return size <= _FULL * torch.cuda.mem_get_info(device)[0]
 
-    def reference(
-        self, subject: Subject, identity: Mapping[str, Any], baselines: Baselines
-    ) -> Reference | None:
-        """What the untouched model of `subject` says, for `run`; `None` where nothing is compared.
-
-        Args:
-            identity: Of the model.
-        """
-        if not self.against_fp:
-            return None
-        found = {}
-        for name in self.ppl:
-            text = load_text(name, self.split, subject.library)
-            about = {
-                "model": identity, "text": name, "sha256": text.sha256, "seq_len": self.seq_len, "stride": self.stride,
-                "max_windows": self.max_windows, "device": torch.device(subject.device).type,
-            }  # fmt: skip
-            found[short(name)] = baselines.get(about, partial(self._text_baseline, subject, name))
-        for name in self.tasks:
-            about = {
-                "model": identity, "task": name, "limit": self.limit, "shots": repr(self.shots),
-                "data": harness.origin(name, subject.library, self.shots), "device": torch.device(subject.device).type,
-            }  # fmt: skip
-            found[name] = baselines.get(about, partial(self._task_baseline, subject, name))
-        return Reference(found, tail_of(subject.model) if self.ppl else None)
-
-    def _text_baseline(self, subject: Subject, name: str) -> Baseline:
-        windows = self._windows(name, subject.tokenizer, subject.library)
-        if subject.streamed:
-            hidden = last_hidden(subject.model, windows.tokens, self.batch_size, torch.device(subject.device))
-            losses = window_losses(subject.logits(windows, self.batch_size), windows)
-            return Baseline(perplexity(short(name), losses, windows), hidden)
-        with noted_hidden(subject.model) as noted:
-            losses = window_losses(subject.logits(windows, self.batch_size), windows)
-        return Baseline(perplexity(short(name), losses, windows), torch.cat(noted))
-
-    def _task_baseline(self, subject: Subject, name: str) -> Baseline:
-        with subject.working():
-            return Baseline(self._harness(subject).accuracy(name, subject.library, self._ask))
-
-    def run(self, subject: Subject, reference: Reference | None = None) -> Evaluation:
-        """Evaluate a model.
-
-        Raises:
-            ValueError: If predictions are compared and there is no `reference`.
-        """
-        if self.against_fp and reference is None:
-            raise ValueError(
-                "eval.against_fp needs the floating-point model's side; pass EvalPlan.reference's"
-            )
-        result = NOTHING
-        for name in self.ppl:
-            windows = self._windows(name, subject.tokenizer, subject.library)
-            other = reference.logits(short(name)) if reference else None
-            losses = window_losses(subject.logits(windows, self.batch_size), windows, other)
-            result += perplexity(short(name), losses, windows)
-        with subject.working():
-            judged = self._harness(subject) if self.tasks else None
-            for name in self.tasks:
-                assert judged is not None
-                found = judged.accuracy(name, subject.library, self._ask)
-                result += found
-                if reference:
-                    result += flips(name, found, reference.baselines[name].evaluation)
-            return harness.drops(result) + self._rest(subject)
-
-    def run_float(self, subject: Subject, reference: Reference) -> tuple[Evaluation, float]:
-        """The floating-point model's own evaluation, from its baselines, and the seconds that they took."""
-        result, seconds = NOTHING, 0.0
-        for name, baseline in reference.baselines.items():
-            result += baseline.evaluation
-            is_task = baseline.hidden is None
-            result += (
-                no_flips(name, baseline.evaluation) if is_task else against_itself(name, baseline.evaluation)
-            )
-            seconds += baseline.seconds
-        with subject.working():
-            return harness.drops(result) + self._rest(subject), seconds
-
-    def _rest(self, subject: Subject) -> Evaluation:
-        """What is not compared with the floating-point model."""
-        result = NOTHING
-        for name in self.decode_ppl:
-            text = load_text(name, self.split, subject.library)
-            windows = evaluation_windows(text, subject.tokenizer, self.seq_len, self.decode_windows)
-            losses = window_losses(decoded(subject.model, windows.tokens, self.batch_size), windows)
-            result += perplexity(short(name), losses, windows, "decode_ppl")
-        if self.talk is not None:
-            result += self.talk.run(subject.model, subject.tokenizer, subject.library, subject.folder)
-        return result
-
-    @property
-    def _ask(self) -> Ask:
-        return Ask(self.limit, self.shots, self.unsafe)
-
-    def _harness(self, subject: Subject) -> Harness:
-        return Harness(subject.model, subject.tokenizer, self.task_batch_size)
-
-    def _windows(self, name: str, tokenizer: Any, library: Library) -> Windows:
-        text: Text = load_text(name, self.split, library)
+    def windows(self, name: str, tokenizer: Any, library: Library) -> Windows:
+        """The windows of a text that its perplexity is of."""
+        text = load_text(name, self.split, library)
         return evaluation_windows(text, tokenizer, self.seq_len, self.max_windows, self.stride)
