@@ -88,6 +88,19 @@ def test_the_mirror_holds_parent_and_child_once(store, uri):
     assert (child.info.end_time - child.info.start_time) == 9000
 
 
+def test_names_that_mlflow_refuses_are_written_out(store, uri):
+    record = RECORD | {
+        "metrics": {"pass@1/mbpp": 0.5},
+        "config": {"data": {"files": {"c4/train*": "a.jsonl"}}},
+    }
+    mirror = MLflowMirror(uri, NAME, store)
+    assert mirror.mirror(record)
+    mirror.close()
+    (run,) = (r for r in runs_of(uri) if "qbench.fingerprint" in r.data.tags)
+    assert run.data.metrics["pass_at_1/mbpp"] == 0.5
+    assert run.data.params["data.files.c4/train_"] == "a.jsonl"
+
+
 def test_a_job_that_was_run_again_replaces_its_run(store, uri, searches):
     MLflowMirror(uri, NAME, store).mirror(RECORD)
     again = RECORD | {"finished": "2026-01-02T00:00:00+00:00", "metrics": {"ppl/stdlib_docs": 11.0}}

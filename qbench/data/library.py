@@ -144,10 +144,10 @@ def _rows(library: Library, source: Source, split: str, name: str | None) -> Row
 def _read(source: Source, split: str, paths: tuple[Path, ...], root: Path | None) -> Rows:
     from datasets import Dataset
 
-    rows, digest = [], hashlib.sha256()
+    rows, digests = [], []
     for path in paths:
-        found, content = _file(path)
-        digest.update(content)
+        found, digest = _file(path)
+        digests.append(digest)
         # In the hub's layout a file holds one configuration alone, whose rows need not say which.
         whole = source.on_hub and root is not None and path.is_relative_to(root / source.hub_id)
         rows += [row for row in found if whole or source.keeps(row, split)]
@@ -157,13 +157,14 @@ def _read(source: Source, split: str, paths: tuple[Path, ...], root: Path | None
         )
     columns = dict.fromkeys(key for row in rows for key in row)
     data = Dataset.from_dict({key: _alike([row.get(key) for row in rows]) for key in columns})
-    return Rows(data, _named(paths, root), digest.hexdigest())
+    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Rows(data, _named(paths, root), sha256)
 
 
 @lru_cache(maxsize=8)
-def _file(path: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """The rows of a file, and the digest of its bytes: one file may hold the subjects of sixty tasks."""
-    return list(read_rows(path)), hashlib.sha256(path.read_bytes()).digest()
+def _file(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a file, and the SHA-256 of its bytes: one file may hold the subjects of sixty tasks."""
+    return list(read_rows(path)), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _named(paths: Iterable[Path], root: Path | None) -> str:

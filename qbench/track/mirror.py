@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -213,12 +214,12 @@ class MLflowMirror:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
         at = _milliseconds(record["finished"])
-        metrics = [Metric(name, value, at, 0) for name, value in record["metrics"].items()]
+        metrics = [Metric(_allowed(name), value, at, 0) for name, value in record["metrics"].items()]
         metrics += [Metric("block_error", e, at, i) for i, e in enumerate(record.get("block_errors", []))]
         for i, sample in enumerate(record.get("system", [])):
             metrics += [Metric(f"system/{k}", v, sample["t"], i) for k, v in sample.items() if k != "t"]
         described = record["config"] | {f"label.{key}": value for key, value in record["labels"].items()}
-        params = [Param(key, str(value)[:6000]) for key, value in flatten(described).items()]
+        params = [Param(_allowed(key), str(value)[:6000]) for key, value in flatten(described).items()]
         self._client.log_batch(run_id, metrics, params)  # it splits what exceeds MLflow's limits
         inputs = []
         for role, about in record.get("data", {}).items():
@@ -246,3 +247,8 @@ def _database(uri: str) -> Path | None:
 
 def _milliseconds(iso: str) -> int:
     return int(datetime.fromisoformat(iso).timestamp() * 1000)
+
+
+def _allowed(name: str) -> str:
+    """A metric's name with what MLflow refuses written out: `pass@1/mbpp` -> `pass_at_1/mbpp`."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"), flags=re.ASCII)
