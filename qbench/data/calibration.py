@@ -10,7 +10,7 @@ A recipe makes samples of documents:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
@@ -179,36 +179,39 @@ def _windows(text: Text, tokenizer: Any, n: int, seq_len: int, seed: int) -> Ten
     return torch.stack([row[start : start + seq_len] for start in starts.tolist()])
 
 
-def _document(text: Text, tokenizer: Any, n: int, seq_len: int, seed: int) -> Tensor:
-    return document_windows(document_tokens(text, tokenizer), n, seq_len, seed)
-
-
 def _pack(text: Text, tokenizer: Any, n: int, seq_len: int, seed: int) -> Tensor:
-    documents = [d for d in _shuffled(document_tokens(text, tokenizer), seed) if 0 < len(d) <= seq_len]
-    row = torch.cat(documents) if documents else torch.empty(0, dtype=torch.long)
-    _check_enough(len(row) // seq_len, n, f"blocks of {seq_len} tokens in documents no longer than that")
-    return row[: n * seq_len].view(n, seq_len)
+    parts, found = list[Tensor](), 0
+    for document in _shuffled(text, tokenizer, seed):
+        if 0 < len(document) <= seq_len:
+            parts.append(document)
+            found += len(document)
+            if found >= n * seq_len:
+                return torch.cat(parts)[: n * seq_len].view(n, seq_len)
+    raise _too_few(found // seq_len, n, f"blocks of {seq_len} tokens in documents no longer than that")
 
 
 def _truncate(text: Text, tokenizer: Any, n: int, seq_len: int, seed: int) -> Tensor:
-    documents = [d for d in _shuffled(document_tokens(text, tokenizer), seed) if len(d) >= seq_len]
-    _check_enough(len(documents), n, f"documents of {seq_len} tokens or more")
-    return torch.stack([document[:seq_len] for document in documents[:n]])
+    parts = list[Tensor]()
+    for document in _shuffled(text, tokenizer, seed):
+        if len(document) >= seq_len:
+            parts.append(document[:seq_len])
+            if len(parts) == n:
+                return torch.stack(parts)
+    raise _too_few(len(parts), n, f"documents of {seq_len} tokens or more")
 
 
-def _shuffled(documents: tuple[Tensor, ...], seed: int) -> list[Tensor]:
-    """In the order that shuffling a hub data set gives."""
-    order = np.random.default_rng(_SHUFFLE + seed).permutation(len(documents))
-    return [documents[i] for i in order]
+def _shuffled(text: Text, tokenizer: Any, seed: int) -> Iterator[Tensor]:
+    """Documents in the order that shuffling a hub data set gives."""
+    order = np.random.default_rng(_SHUFFLE + seed).permutation(len(text.documents))
+    return document_tokens(text, tokenizer, order.tolist())
 
 
-def _check_enough(found: int, needed: int, what: str) -> None:
-    if found < needed:
-        raise ValueError(
-            f"it has {found} {what}, {needed} were asked for; lower calib.n_samples or calib.seq_len"
-        )
+def _too_few(found: int, needed: int, what: str) -> ValueError:
+    return ValueError(
+        f"it has {found} {what}, {needed} were asked for; lower calib.n_samples or calib.seq_len"
+    )
 
 
 _RECIPES: dict[Recipe, Callable[[Text, Any, int, int, int], Tensor]] = {
-    "windows": _windows, "document": _document, "pack": _pack, "truncate": _truncate,
+    "windows": _windows, "document": document_windows, "pack": _pack, "truncate": _truncate,
 }  # fmt: skip

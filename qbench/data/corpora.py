@@ -146,9 +146,9 @@ class Text:
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def rendered(self, template: Callable[[Turns], str]) -> list[str]:
-        """The conversations as a chat template puts them."""
-        return [template([{"role": r, "content": c} for r, c in turns]) for turns in self.conversations]
+    def turns(self, index: int) -> Turns:
+        """A conversation."""
+        return [{"role": role, "content": content} for role, content in self.conversations[index]]
 
 
 def known(use: Use = "test") -> list[str]:

@@ -1,7 +1,10 @@
 """Text to tokens."""
 
 import hashlib
+import random
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,9 @@ import torch
 from torch import Tensor
 
 from qbench.data.corpora import Text
+
+_TOGETHER = 256  # documents that are tokenized in one call
+_TRIES = 200  # documents that are looked at for each window, at most
 
 
 @lru_cache(maxsize=32)
@@ -33,35 +39,43 @@ def byte_ends(text: Text, tokenizer: Any) -> Tensor | None:
     return torch.from_numpy(ends)
 
 
-@lru_cache(maxsize=8)
-def document_tokens(text: Text, tokenizer: Any) -> tuple[Tensor, ...]:
-    """Each document by itself; conversations through the tokenizer's chat template where it has one."""
-    if text.conversations and tokenizer.chat_template:
-        documents = text.rendered(lambda turns: tokenizer.apply_chat_template(turns, tokenize=False))
-        ids = tokenizer(documents, add_special_tokens=False, verbose=False).input_ids  # the template has them
-    else:
-        ids = tokenizer(list(text.documents), verbose=False).input_ids
-    return tuple(torch.tensor(one, dtype=torch.long) for one in ids)
+def document_tokens(text: Text, tokenizer: Any, which: Iterable[int]) -> Iterator[Tensor]:
+    """Some documents, each by itself, as they are asked for; conversations in the tokenizer's chat template, if any."""
+    chats = bool(text.conversations and tokenizer.chat_template)
+    left = iter(which)
+    while some := list(islice(left, _TOGETHER)):
+        if chats:
+            documents = [tokenizer.apply_chat_template(text.turns(i), tokenize=False) for i in some]
+        else:
+            documents = [text.documents[i] for i in some]
+        # A template has put the special tokens where they belong.
+        ids = tokenizer(documents, add_special_tokens=not chats, verbose=False).input_ids
+        yield from (torch.tensor(one, dtype=torch.long) for one in ids)
 
 
-def document_windows(documents: tuple[Tensor, ...], n: int, seq_len: int, seed: int) -> Tensor:
+def document_windows(text: Text, tokenizer: Any, n: int, seq_len: int, seed: int) -> Tensor:
     """Random windows, each inside a random document of more than `seq_len` tokens, `(n, seq_len)`.
+
+    Draws as GPTQ's code does for C4 (arXiv:2210.17323), so that the same seed and tokenizer give the same windows: a
+    document until one is long enough, then a place in it, by Python's generator.
 
     Raises:
         ValueError: If no document is long enough.
     """
-    long = [document for document in documents if len(document) > seq_len]
-    if not long:
-        longest = max(map(len, documents), default=0)
-        raise ValueError(
-            f"no document has more than {seq_len} tokens, the longest of {len(documents)} has {longest}; lower seq_len"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    windows = []
-    for index in torch.randint(len(long), (n,), generator=generator).tolist():
-        start = int(torch.randint(len(long[index]) - seq_len, (), generator=generator))
-        windows.append(long[index][start : start + seq_len])
-    return torch.stack(windows)
+    rng, windows, longest = random.Random(seed), list[Tensor](), 0
+    for _ in range(_TRIES * n + 10 * len(text.documents)):
+        index = rng.randint(0, len(text.documents) - 1)
+        (document,) = document_tokens(text, tokenizer, [index])
+        longest = max(longest, len(document))
+        if len(document) > seq_len:
+            start = rng.randint(0, len(document) - seq_len - 1)
+            windows.append(document[start : start + seq_len])
+            if len(windows) == n:
+                return torch.stack(windows)
+    raise ValueError(
+        f"hardly any of {len(text.documents)} documents has more than {seq_len} tokens, the longest of those looked at has "
+        f"{longest}; lower seq_len"
+    )
 
 
 def sha256(tokens: Tensor) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qbench.data.corpora import CORPORA, Text
-from qbench.data.tokens import byte_ends, document_tokens, document_windows, tokenize
+from qbench.data.tokens import byte_ends, document_windows, tokenize
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _protocol(text: Text, tokenizer: Any, seq_len: int, stride: int | None) -> W
     most = corpus.most if corpus is not None else None
     if corpus is not None and corpus.windows == "random":
         assert most is not None, "random windows are counted"
-        return Windows.apart(document_windows(document_tokens(text, tokenizer), most, seq_len, seed=0))
+        return Windows.apart(document_windows(text, tokenizer, most, seq_len, seed=0))
     tokens, ends = tokenize(text, tokenizer), byte_ends(text, tokenizer)
     if stride is not None and len(tokens) >= seq_len:
         return Windows.sliding(tokens, seq_len, stride, ends)
