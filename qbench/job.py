@@ -50,7 +50,16 @@ class Job:
             "calib": self.calib.identity() if self.calib else None,
             "evaluation": self.evaluation.identity(),
             "engine": ENGINE,
+            **({"files": self.files} if self.files else {}),
         }
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """SHA-256 of what `data.files` puts in the place of data that this job reads, by corpus or hub id and split."""
+        if not self.library.files:
+            return {}
+        needed = [*self.evaluation.needed(), *(self.calib.needed() if self.calib else ())]
+        return self.library.substitutes(tuple(needed))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,6 +73,8 @@ class Job:
             "evaluation": canonical(self.evaluation),
             "engine": str(ENGINE),
         }
+        if self.files:
+            parts["files"] = canonical_json(self.files)
         text = "{" + ",".join(f'"{key}":{parts[key]}' for key in sorted(parts)) + "}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -6,12 +6,13 @@ import gc
 import math
 import os
 import platform
+import shutil
 import subprocess
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -80,7 +81,7 @@ class Shared:
         key = (job.calib, job.library)
         if self._first is None or self._first[0] != key:
             self._first = None
-            tokens = calibration_tokens(job.model, job.calib, job.library)
+            tokens = calibration_tokens(job.model, job.calib, job.library, job.device)
             self._first = key, first_inputs(model, family_of(model), tokens, job.calib.batch_size)
         return self._first[1]
 
@@ -92,9 +93,11 @@ class Shared:
 
 
 @lru_cache(maxsize=4)
-def calibration_tokens(model: ModelRef, calib: CalibrationSet, library: Library) -> Tensor:
+def calibration_tokens(
+    model: ModelRef, calib: CalibrationSet, library: Library, device: str = "cpu"
+) -> Tensor:
     def sampler(n_samples: int, seq_len: int, seed: int) -> Tensor:
-        return sampled(model.load(), n_samples, seq_len, seed)
+        return sampled(model.load().to(device), n_samples, seq_len, seed)
 
     return calib.tokens(tokenizer(model), library, sampler)
 
@@ -181,10 +184,12 @@ def _measure(
     metrics: dict[str, float] = {}
     with _phase("load", job, metrics, reporter):
         model = shared.model(job.model)
-        tokens = calibration_tokens(job.model, job.calib, job.library) if job.calib else None
+        tokens = calibration_tokens(job.model, job.calib, job.library, job.device) if job.calib else None
         first = shared.first(model, job)
         job.evaluation.prepare(tokenizer(job.model), job.library)
         evaluator = _evaluator(model, job)
+        if job.settings.get("force") and evaluator.folder is not None:
+            shutil.rmtree(evaluator.folder, ignore_errors=True)  # it is asked again
         with _at_work(evaluator):
             reference = evaluator.reference(job.model.identity(), shared.baselines(job))
     n_parameters = sum(p.numel() for p in model.parameters())  # tied parameters are listed once
@@ -211,8 +216,16 @@ def _evaluator(model: Any, job: Job) -> Evaluator:
     return Evaluator(
         job.evaluation, model, tokenizer(job.model), job.library, job.device,
         streamed=not job.evaluation.fits(model, job.device),
-        folder=Path(results) / "dialogue" / job.fingerprint if results else None,
+        folder=_answers(job, Path(results)) if results else None,
     )  # fmt: skip
+
+
+def _answers(job: Job, results: Path) -> Path:
+    """Where a job keeps what the model says: by all that can change it, which the judge cannot."""
+    if job.evaluation.talk is not None:
+        talk = replace(job.evaluation.talk, judge=None)
+        job = replace(job, evaluation=replace(job.evaluation, talk=talk))
+    return results / "dialogue" / job.fingerprint
 
 
 def _at_work(evaluator: Evaluator) -> contextlib.AbstractContextManager[None]:
@@ -265,7 +278,7 @@ def _provenance(job: Job, metrics: dict[str, float]) -> dict[str, Any]:
     """Which data the numbers came from: name, where it was found, SHA-256; `calib_overlap` goes into the metrics."""
     data: dict[str, Any] = dict(job.evaluation.provenance(job.library))
     if job.calib is not None:
-        tokens = calibration_tokens(job.model, job.calib, job.library)
+        tokens = calibration_tokens(job.model, job.calib, job.library, job.device)
         shares = calibration_overlap(job.model, job.calib, job.evaluation, job.library)
         metrics["calib_overlap"] = max(shares.values(), default=0.0)
         data[f"calib/{job.calib.label}"] = {
@@ -282,8 +295,9 @@ def calibration_overlap(
     if calib.name in ("random", "self"):
         return {}
     tokens = calibration_tokens(model, calib, library)
-    texts = evaluation.evaluated_texts(tokenizer(model), library)
-    return {name: overlap(tokens, text) for name, text in texts.items()}
+    return {
+        n: overlap(tokens, found) for n, found in evaluation.signatures(tokenizer(model), library).items()
+    }
 
 
 def device_name(device: str) -> str:

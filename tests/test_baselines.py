@@ -137,13 +137,13 @@ def answers(*values: float, metric: str = "acc/task") -> Evaluation:
 
 
 def test_flips_count_answers_that_changed_and_which_way():
-    found = flips("task", answers(1, 0, 0, 1, 1), answers(1, 1, 1, 0, 1)).metrics
+    found = flips(answers(1, 0, 0, 1, 1), answers(1, 1, 1, 0, 1)).metrics
     assert {k: v for k, v in found.items() if not k.endswith("stderr")} == {
         "flips/task": 0.6, "right_to_wrong/task": 0.4, "wrong_to_right/task": pytest.approx(0.2),
     }  # fmt: skip
-    assert not flips("task", answers(0.5, 1), answers(1, 1)).metrics  # no answer is half right
+    assert not flips(answers(0.5, 1), answers(1, 1)).metrics  # no answer is half right
     with pytest.raises(AssertionError, match="other documents"):
-        flips("task", answers(1, 0), answers(1, 0, 1))
+        flips(answers(1, 0), answers(1, 0, 1))
 
 
 def test_baselines_of_other_protocols_are_others(qbench):

@@ -10,9 +10,8 @@ from qbench.calib.sampling import sampled
 from qbench.data.calibration import CalibrationSet
 from qbench.data.corpora import CORPORA, load_text
 from qbench.data.library import Library
-from qbench.data.overlap import RUN, overlap
+from qbench.data.overlap import RUN, SHORTEST, overlap, signature
 from qbench.data.tokens import document_tokens, sha256, tokenize
-from qbench.data.windows import evaluation_windows
 from qbench.models.load import ModelRef
 
 from .test_data import write_lines
@@ -143,10 +142,10 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
 
 def test_a_mixture_has_its_parts_by_weight(tokenizer):
     mixed = CalibrationSet("mix", 10, 64, mix=(("stdlib_docs", 2.0), ("stdlib_code", 1.0), ("random", 0.5)))
-    parts = [("stdlib_docs", 6), ("stdlib_code", 3), ("random", 1)]
+    parts = [("random", 1), ("stdlib_code", 3), ("stdlib_docs", 6)]
     expected = torch.cat([CalibrationSet(name, n, 64).tokens(tokenizer) for name, n in parts])
     assert torch.equal(mixed.tokens(tokenizer), expected)
-    assert mixed.label == "57%stdlib_docs+29%stdlib_code+14%random"
+    assert mixed.label == "14%random+29%stdlib_code+57%stdlib_docs"
     doubled = CalibrationSet("mix", 10, 64, mix=(("stdlib_docs", 4.0), ("stdlib_code", 2.0), ("random", 1.0)))
     assert doubled.identity() == mixed.identity()
 
@@ -199,17 +198,32 @@ def test_every_real_set_that_is_there_gives_samples(name, tokenizer, shared_data
 
 
 def test_a_planted_overlap_is_found_and_nothing_else(tokenizer):
-    evaluated = evaluation_windows(load_text("stdlib_docs", "test"), tokenizer, 128).tokens.flatten()
+    text = tokenize(load_text("stdlib_docs", "test"), tokenizer)
     calibration = CalibrationSet("stdlib_docs", 10, 128).tokens(tokenizer)
-    assert overlap(calibration, evaluated) == 0
-    calibration[3, 20 : 20 + RUN] = evaluated[1000 : 1000 + RUN]
-    calibration[7, 70 : 70 + RUN - 1] = evaluated[5000 : 5000 + RUN - 1]  # one short of a passage
+    assert overlap(calibration, signature([text])) == 0
+    calibration[3, 20 : 20 + RUN] = text[1000 : 1000 + RUN]
+    calibration[7, 70 : 70 + RUN - 1] = text[5000 : 5000 + RUN - 1]  # one short of a passage
     calibration[7, 70 + RUN - 1 :] = 5
-    assert overlap(calibration, evaluated) == 0.1
+    assert overlap(calibration, signature([text])) == 0.1
 
 
-def test_runs_are_compared_as_a_whole():
+def test_a_short_text_is_looked_for_as_a_whole(tokenizer):
+    question = tokenizer(
+        "Which of these five planets is nearest to the sun in the month of June?", return_tensors="pt"
+    )
+    question = question.input_ids[0]
+    assert SHORTEST + 2 < len(question) < RUN
+    calibration = CalibrationSet("stdlib_docs", 4, 128).tokens(tokenizer)
+    calibration[2, 50 : 50 + len(question)] = question
+    calibration[2, [50, 49 + len(question)]] = 7  # what stands around it makes other tokens of its ends
+    assert overlap(calibration, signature([question, torch.arange(SHORTEST + 1)])) == 0.25
+    calibration[2, 60] = 7
+    assert overlap(calibration, signature([question])) == 0
+
+
+def test_runs_are_compared_as_a_whole(monkeypatch):
     """Against a search by hand."""
+    monkeypatch.setattr("qbench.data.overlap.RUN", 6)
     generator = torch.Generator().manual_seed(0)
     text, samples = (
         torch.randint(3, (400,), generator=generator),
@@ -217,6 +231,15 @@ def test_runs_are_compared_as_a_whole():
     )
     runs = {tuple(w) for w in text.unfold(0, 6, 1).tolist()}
     expected = np.mean([any(tuple(w) in runs for w in s.unfold(0, 6, 1).tolist()) for s in samples])
-    assert overlap(samples, text, run=6) == pytest.approx(expected)
+    assert overlap(samples, signature([text])) == pytest.approx(expected)
     assert 0 < expected < 1
-    assert overlap(samples, text[:5], run=6) == 0
+    assert overlap(samples, signature([text[:5]])) == 0
+
+
+def test_the_order_of_a_mixture_is_of_no_account_and_every_part_has_a_sample(tokenizer):
+    one = CalibrationSet("mix", 3, 32, mix=(("stdlib_docs", 1.0), ("stdlib_code", 1.0)))
+    other = CalibrationSet("mix", 3, 32, mix=(("stdlib_code", 1.0), ("stdlib_docs", 1.0)))
+    assert one.identity() == other.identity()
+    assert torch.equal(one.tokens(tokenizer), other.tokens(tokenizer))
+    with pytest.raises(ValueError, match=r"leaves some set of calib.mix without a sample"):
+        CalibrationSet("mix", 3, 32, mix=(("stdlib_docs", 99.0), ("stdlib_code", 1.0)))

@@ -45,7 +45,7 @@ def test_a_family_gives_numbers_with_errors_and_samples_for_all_whose_data_are_t
 
     asked = set(yaml.safe_load((CONF / "eval" / f"{family}.yaml").read_text())["tasks"])
     arguments = (*NANO, f"eval={family}", f"data.root={shared_data}", "eval.limit=4")
-    if family != "long":
+    if family in ("basic", "trust"):
         assert qbench(*arguments) == 2
         (line,) = capfd.readouterr().err.strip().splitlines()
         assert "lack data" in line
@@ -203,7 +203,7 @@ def test_decoding_through_the_cache_is_measured_and_text_of_ones_own_too(qbench,
 
 def test_calibration_text_in_the_evaluation_text_is_warned_of(qbench, tmp_path, capfd):
     text = "".join(f"Sentence number {i} is about files, numbers and lines of text. " for i in range(200))
-    (tmp_path / "mine.txt").write_text(text)
+    (tmp_path / "leaky.txt").write_text(text)
     small = (
         "eval.tasks=[]",
         "eval.seq_len=64",
@@ -211,12 +211,12 @@ def test_calibration_text_in_the_evaluation_text_is_warned_of(qbench, tmp_path, 
         "calib.n_samples=8",
         "calib.seq_len=128",
     )
-    gptq = (*NANO[:-2], "algo=gptq", "wbits=4", "calib=text", "calib.path=mine.txt", *small)
-    assert qbench(*gptq, "eval.ppl=[mine.txt,stdlib_docs]") == 0
+    gptq = (*NANO[:-2], "algo=gptq", "wbits=4", "calib=text", "calib.path=leaky.txt", *small)
+    assert qbench(*gptq, "eval.ppl=[leaky.txt,stdlib_docs]") == 0
     out = capfd.readouterr().out
-    assert "WARNING   calibration text occurs in evaluation text: text:mine in mine (" in out
+    assert "WARNING   calibration text occurs in evaluation text: text:leaky in leaky (" in out
     assert record()["metrics"]["calib_overlap"] > 0.3
-    assert record()["data"]["calib/text:mine"]["overlap"]["stdlib_docs"] == 0
+    assert record()["data"]["calib/text:leaky"]["overlap"]["stdlib_docs"] == 0
 
 
 @pytest.mark.parametrize("calib", ["self", "random", "mix"])
@@ -224,7 +224,7 @@ def test_sets_that_are_made_calibrate(calib, qbench):
     more = ("calib.mix={stdlib_docs: 1, self: 1}",) if calib == "mix" else ()
     small = ("eval=quick", "eval.max_windows=2", "calib.n_samples=4", "calib.seq_len=32")
     assert qbench(*NANO[:-2], "algo=gptq", "wbits=4", f"calib={calib}", *small, *more) == 0
-    assert record()["labels"]["calib"] == {"mix": "50%stdlib_docs+50%self"}.get(calib, calib)
+    assert record()["labels"]["calib"] == {"mix": "50%self+50%stdlib_docs"}.get(calib, calib)
 
 
 def test_every_calibration_set_of_a_text_has_its_config():
@@ -259,3 +259,50 @@ def test_tables_by_calibration_set_and_by_part(qbench, capfd):
     assert "750 chars" in capfd.readouterr().out
     assert qbench("tables", "by=colour") == 2
     assert "there are against=<algo>, matrix=calib and by=part" in capfd.readouterr().err
+
+
+def test_a_file_in_the_place_of_a_split_makes_another_job(qbench, tmp_path):
+    for name in "ab":
+        write_lines(
+            tmp_path / "data" / f"{name}.jsonl", [{"text": f"Words of {name} about files and numbers. " * 40}]
+        )
+    base = (
+        *NANO,
+        "eval.ppl=[wikitext2]",
+        "eval.tasks=[]",
+        "eval.seq_len=64",
+        "eval.max_windows=3",
+        f"data.root={tmp_path}/data",
+    )
+    for name in "aab":
+        assert qbench(*base, f"data.files={{wikitext2/test: {name}.jsonl}}") == 0
+    found = list(RecordStore(Path("results")).all())
+    assert len(found) == 2
+    assert len({r["data"]["eval/wikitext2"]["sha256"] for r in found}) == 2
+    assert (
+        qbench(*base, "data.files={wikitext2/test: a.jsonl, c4/train: b.jsonl}") == 0
+    )  # which this job does not read
+    assert len(list(RecordStore(Path("results")).all())) == 2
+
+
+def test_texts_of_one_name_are_refused(qbench, tmp_path, capfd):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c4.txt").write_text("Words about files. " * 400)
+    base = (*NANO, "eval.tasks=[]", "eval.seq_len=64")
+    assert qbench(*base, "eval.ppl=[a/c4.txt]") == 2
+    assert "two texts would be called 'c4' in tables" in capfd.readouterr().err
+
+
+def test_forcing_a_dialogue_asks_again_and_a_judge_does_not(qbench, bench, monkeypatch):
+    asked = []
+    from qbench.evaluate import talk
+
+    answer = talk.answer
+    monkeypatch.setattr(talk, "answer", lambda *a, **k: asked.append(k["keep"].is_file()) or answer(*a, **k))
+    plain = (*bench, "eval.plain_dialogue=true")
+    assert qbench(*plain) == 0
+    with JudgeServer() as server:
+        assert qbench(*plain, f"judge.base_url={server.base_url}", "judge.model=some-judge") == 0
+    assert qbench(*plain, "force=true") == 0
+    assert asked == [False, True, False]

@@ -8,6 +8,15 @@ from qbench.report import matrix, parts
 GROUP = {"model": "m", "algo": "gptq", "scheme": "w3"}
 
 
+def record_of(name, labels, texts, **identity):
+    evaluation = {"seq_len": 64, "max_windows": None, "limit": None} | identity.pop("evaluation", {})
+    return {
+        "fingerprint": name, "status": "done", "labels": labels, "metrics": {f"ppl/{t}": 50.0 for t in texts},
+        "identity": {"evaluation": evaluation, "calib": {"name": labels["calib"], "seed": labels["seed"]} | identity},
+        "environment": {"versions": {"python": "3"}},
+    }  # fmt: skip
+
+
 def made_up(effects, draws=5, windows=40, noise=0.02, seed=0):
     """Records and samples: mean NLL 4 + how hard a window is + the set's effect on the text + a draw's luck + noise."""
     rng = np.random.default_rng(seed)
@@ -17,7 +26,7 @@ def made_up(effects, draws=5, windows=40, noise=0.02, seed=0):
         for draw in range(draws):
             name = f"{calib}{draw}"
             labels = GROUP | {"calib": calib, "seed": draw}
-            records.append({"fingerprint": name, "status": "done", "labels": labels, "metrics": {}})
+            records.append(record_of(name, labels, on))
             samples[name] = [
                 {"metric": f"ppl/{text}", "item": i, "value": 4 + hardness[text][i] + effect + luck + e}
                 for text, effect in on.items()
@@ -102,3 +111,15 @@ def test_marks_of_a_part_are_averaged_by_themselves_and_together():
 def test_metrics_without_parts_are_said_to_have_none():
     with pytest.raises(ValueError, match="no metric has parts"):
         parts.by_part(*part_records([{"metric": "ppl/x", "item": 0, "value": 1.0}]))
+
+
+def test_other_protocols_and_settings_are_not_averaged():
+    rows = [{"metric": "ppl/t", "item": i, "value": 3.0 + i / 10} for i in range(5)]
+    records, samples = [], {}
+    for name, more in {"a": {}, "b": {"n_samples": 8}, "c": {"evaluation": {"seq_len": 32}}}.items():
+        records.append(record_of(name, GROUP | {"calib": "s", "seed": 0}, ["t"], **more))
+        samples[name] = rows
+    frame = matrix.compare(matrix.losses(records, samples.__getitem__))
+    assert len(frame) == 3
+    assert set(frame["text"]) == {"t [64]", "t [32]"}
+    assert set(frame["setting"]) == {"n_samples=8", "n_samples=-"}

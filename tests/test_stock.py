@@ -267,7 +267,7 @@ def test_examples_are_those_of_lm_eval(name, shots, tmp_path, request):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "shots"), STOCK_ASKED, ids=lambda v: said(v) if isinstance(v, Shots) else v)
 def test_all_of_what_is_asked_is_what_lm_eval_asks(name, shots, tmp_path, request):
-    check_asked(name, shots, tmp_path, request, limit=200 if len(stock.leaves(name)) == 1 else 4, every=1)
+    check_asked(name, shots, tmp_path, request, limit=200 if len(stock.leaves(name)) == 1 else 6, every=1)
 
 
 def test_every_task_of_the_families_is_ours_or_lm_evals():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qbench.data.corpora import CORPORA, Recipe, Text, check_name, load_text, own_text, versioned
 from qbench.data.library import Library
+from qbench.data.sources import Source
 from qbench.data.tokens import document_tokens, document_windows, tokenize
 
 Sampler = Callable[[int, int, int], Tensor]  # (n_samples, seq_len, seed) -> tokens, from the model itself
@@ -86,7 +87,10 @@ class CalibrationSet:
                 raise ValueError(
                     f"calib.mix has {name}: {weight}; names are sets other than mix and text, weights above 0"
                 )
-        self._parts()  # checks the names
+        if self.mix and len(self._parts()) < len(self.mix):  # which checks the names too
+            raise ValueError(
+                f"calib.n_samples={self.n_samples} leaves some set of calib.mix without a sample; raise it, or the weights"
+            )
 
     @property
     def label(self) -> str:
@@ -94,7 +98,7 @@ class CalibrationSet:
         name = f"text:{own_text(self.path, 'calibration').name}" if self.path else self.name
         if self.mix:
             total = sum(weight for _, weight in self.mix)
-            name = "+".join(f"{100 * weight / total:.0f}%{part}" for part, weight in self.mix)
+            name = "+".join(f"{100 * weight / total:.0f}%{part}" for part, weight in sorted(self.mix))
         return name if self.recipe is None else f"{name}/{self.recipe}"
 
     def identity(self) -> dict[str, Any]:
@@ -107,6 +111,12 @@ class CalibrationSet:
             total = sum(weight for _, weight in self.mix)
             kept["mix"] = {versioned(name): weight / total for name, weight in self.mix}
         return kept
+
+    def needed(self) -> Iterator[tuple[Source, str, str]]:
+        """The splits that are read, each with its corpus; what is embedded or the user's own is not among them."""
+        for part in self._parts() or (self,):
+            if part.name in CORPORA:
+                yield CORPORA[part.name].source, CORPORA[part.name].splits["calibration"], part.name
 
     def check(self, tokenizer: Any, library: Library | None = None) -> None:
         """Refuse a text that is not there or too short.
@@ -155,14 +165,15 @@ class CalibrationSet:
     def _parts(self) -> tuple["CalibrationSet", ...]:
         """What is mixed, each with its share of the samples: by weight, the largest remainders rounded up."""
         total = sum(weight for _, weight in self.mix)
-        shares = [self.n_samples * weight / total for _, weight in self.mix]
+        mix = sorted(self.mix)
+        shares = [self.n_samples * weight / total for _, weight in mix]
         counts = [math.floor(share) for share in shares]
         by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
         for index in by_remainder[: self.n_samples - sum(counts)]:
             counts[index] += 1
         return tuple(
             replace(self, name=name, mix=(), n_samples=count)
-            for (name, _), count in zip(self.mix, counts, strict=True)
+            for (name, _), count in zip(mix, counts, strict=True)
             if count
         )
 

@@ -8,7 +8,7 @@ import hashlib
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,10 @@ class Corpus:
     first: int | None = None
     windows: Literal["consecutive", "random"] = "consecutive"
     most: int | None = None
+
+    @property
+    def is_random(self) -> bool:
+        return self.windows == "random"
 
 
 def _asked(question: str, answer: str) -> Turns:
@@ -128,6 +132,7 @@ class Text:
     Attributes:
         documents: In their order; conversations in plain words.
         conversations: The same as turns, where they are such.
+        corpus: By whose protocol it is read; `None` for the user's own text, whatever it is called.
         origin: Where they were found, for the log and the record.
     """
 
@@ -137,12 +142,13 @@ class Text:
     join: str
     origin: str
     conversations: tuple[tuple[tuple[str, str], ...], ...] = ()
+    corpus: str | None = None
 
     @property
     def text(self) -> str:
         return self.join.join(self.documents)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
@@ -211,10 +217,10 @@ def load_text(name: str, use: Use, library: Library | None = None) -> Text:
     data = rows.data.select(range(first)) if first is not None and first < len(rows.data) else rows.data
     if ours.turns is None:
         _check_field(ours.field, data.column_names, rows.origin)
-        return Text(name, use, tuple(data[ours.field]), ours.join, rows.origin)
+        return Text(name, use, tuple(data[ours.field]), ours.join, rows.origin, corpus=name)
     talks = tuple(tuple((t["role"], t["content"]) for t in ours.turns(row)) for row in data)
     documents = tuple("\n".join(content for _, content in talk) for talk in talks)
-    return Text(name, use, documents, ours.join, rows.origin, talks)
+    return Text(name, use, documents, ours.join, rows.origin, talks, name)
 
 
 @cache

@@ -80,13 +80,15 @@ class Library:
         """
         return _rows(self, source, split, name)
 
-    def holds(self, source: Source, split: str, name: str | None = None) -> bool:
-        """Whether `rows` finds a split."""
-        try:
-            self.rows(source, split, name)
-        except FileNotFoundError:
-            return False
-        return True
+    def substitutes(self, needed: tuple[tuple[Source, str, str | None], ...]) -> dict[str, str]:
+        """Digests of the files that `files` puts in the place of needed splits, by `<corpus or hub id>/<split>`."""
+        found = {}
+        for source, split, name in needed:
+            for key in (f"{name}/{split}", f"{source.hub_id}/{split}"):
+                if key in dict(self.files):
+                    digests = [_file(path)[1] for path in self.local(source, split, name)]
+                    found[key] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        return found
 
     def under_root(self, source: Source, split: str, name: str | None = None) -> str:
         """Where `root` holds a split, in the words of `Rows.origin`; empty where it does not."""

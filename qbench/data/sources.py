@@ -44,9 +44,12 @@ class Source:
         path = plain.path.format(config=name.replace("/", "_"), split=plain.splits.get(split, split))
         folder, _, stem = path.rpartition("/")
         file = self.hub_file(split)
+        here = [f"{self.hub_id}/{file}"] if file else []
+        here.append(f"{self.hub_id}/{self.config or 'default'}/{split}")
+        if plain.only not in (None, split):
+            return here
         return [
-            *([f"{self.hub_id}/{file}"] if file else []),
-            f"{self.hub_id}/{self.config or 'default'}/{split}",
+            *here,
             path,
             *([f"{folder}/{self.config}_{stem}"] if self.config and "{config}" not in plain.path else []),
         ]
@@ -74,6 +77,7 @@ class Plain:
         splits: of splits, where files call them otherwise.
         by: The field that tells configurations apart where one file holds them all.
         ids: By split: first and last `task_id`, where one file holds all splits.
+        only: The one split that the files hold, where their names do not say.
     """
 
     path: str
@@ -81,6 +85,7 @@ class Plain:
     splits: Mapping[str, str] = field(default_factory=dict)
     by: str | None = None
     ids: Mapping[str, tuple[int, int]] | None = None
+    only: str | None = None
 
 
 _PLAIN = {
@@ -90,10 +95,10 @@ _PLAIN = {
         | {"adv_mnli_mismatched": "mnli_mm"},
         {"validation": "dev"},
     ),
-    "EdinburghNLP/xsum": Plain("xsum/*"),
+    "EdinburghNLP/xsum": Plain("xsum/*", only="test"),
     "EleutherAI/hendrycks_ethics": Plain("ethics/{config}_{split}"),
-    "HuggingFaceH4/mt_bench_prompts": Plain("mt_bench/question"),
-    "SaylorTwift/bbh": Plain("bbh/*", by="task"),
+    "HuggingFaceH4/mt_bench_prompts": Plain("mt_bench/question", only="train"),
+    "SaylorTwift/bbh": Plain("bbh/*", by="task", only="test"),
     "Salesforce/wikitext": Plain("wikitext2/{config}_{split}"),
     "abisee/cnn_dailymail": Plain("cnn_dailymail/{split}"),
     "allenai/ai2_arc": Plain("{config}/{split}", {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge"}),
@@ -109,20 +114,20 @@ _PLAIN = {
     "haonan-li/cmmlu": Plain("cmmlu/{split}", by="subject"),
     "jannalu/crows_pairs_multilingual": Plain("crows_pairs/{config}_{split}"),
     "lighteval/siqa": Plain("social_iqa/{split}"),
-    "longeval": Plain("longctx/longeval_{config}_*"),
-    "lost_in_the_middle": Plain("longctx/litm_{config}_*", {"qa": "nq"}),
+    "longeval": Plain("longctx/longeval_{config}_*", only="test"),
+    "lost_in_the_middle": Plain("longctx/litm_{config}_*", {"qa": "nq"}, only="test"),
     "mit-han-lab/pile-val-backup": Plain("pileval/{split}"),
-    "mt_bench_references": Plain("mt_bench/reference_answer*"),
+    "mt_bench_references": Plain("mt_bench/reference_answer*", only="train"),
     "nyu-mll/glue": Plain("{config}/{split}"),
     "openai/openai_humaneval": Plain("humaneval/{split}"),
     "oskarvanderwal/bbq": Plain("bbq/{split}"),
-    "passkey": Plain("longctx/*passkey*"),
+    "passkey": Plain("longctx/*passkey*", only="test"),
     "ptb-text-only/ptb_text_only": Plain("ptb/{split}"),
-    "ruler": Plain("longctx/ruler_niah_*"),
+    "ruler": Plain("longctx/ruler_niah_*", only="test"),
     "skg/toxigen-data": Plain("toxigen/{split}"),
-    "tasksource/bigbench": Plain("{config}/*"),
+    "tasksource/bigbench": Plain("{config}/*", only="train"),
     "tatsu-lab/alpaca": Plain("alpaca/{split}"),
     "truthfulqa/truthful_qa": Plain("truthfulqa/{config}_{split}"),
-    "vicuna_bench": Plain("vicuna_bench/question"),
+    "vicuna_bench": Plain("vicuna_bench/question", only="train"),
     "HuggingFaceH4/ultrachat_200k": Plain("ultrachat/{split}"),
 }

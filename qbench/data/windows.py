@@ -83,17 +83,24 @@ def evaluation_windows(
             "eval.seq_len"
         )
     n = len(windows)
+    asked = CORPORA[text.corpus].most if text.corpus is not None else None
+    if asked is not None and stride is None and n < asked and (most is None or most > n):
+        raise ValueError(
+            f"{text.name} is {asked} windows of {seq_len} tokens, what was found makes {n} ({text.origin}); set "
+            f"eval.max_windows={n} or fewer, which stands in the metric's name, or give the whole text"
+        )
     return windows if most is None or most >= n else windows[torch.linspace(0, n - 1, most).round().long()]
 
 
 def _protocol(text: Text, tokenizer: Any, seq_len: int, stride: int | None) -> Windows:
-    corpus = CORPORA.get(text.name)
+    corpus = CORPORA[text.corpus] if text.corpus is not None else None
     most = corpus.most if corpus is not None else None
-    if corpus is not None and corpus.windows == "random":
+    if corpus is not None and corpus.is_random:
         assert most is not None, "random windows are counted"
         return Windows.apart(document_windows(text, tokenizer, most, seq_len, seed=0))
     tokens, ends = tokenize(text, tokenizer), byte_ends(text, tokenizer)
+    if most is not None:
+        tokens, ends = tokens[: most * seq_len], None if ends is None else ends[: most * seq_len]
     if stride is not None and len(tokens) >= seq_len:
         return Windows.sliding(tokens, seq_len, stride, ends)
-    windows = Windows.consecutive(tokens, seq_len, ends)
-    return windows if most is None else windows[torch.arange(min(most, len(windows)))]
+    return Windows.consecutive(tokens, seq_len, ends)

@@ -89,6 +89,8 @@ class Baselines:
         if not about.is_file():
             return None
         kept = json.loads(about.read_text())
+        if kept["hidden"] and not tensors.is_file():  # somebody made room
+            return None
         hidden = load_file(tensors)["hidden"] if kept["hidden"] else None
         return Baseline(Evaluation(kept["metrics"], kept["samples"]), hidden, kept["seconds"])
 
@@ -130,36 +132,34 @@ class Reference:
         return of
 
 
-def flips(name: str, evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
-    """Which answers of a task became wrong or right: `flips/<task>`, of which `right_to_wrong` and `wrong_to_right`.
+def flips(evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
+    """Which answers became wrong or right: `flips/<task>`, of which `right_to_wrong` and `wrong_to_right`.
 
-    They are of the task's first metric that is 0 or 1 for each document; none where there is no such.
+    They are of each task's first metric that is 0 or 1 for each document; none where there is no such.
     """
+    result, counted = NOTHING, set[str]()
     for metric in dict.fromkeys(s["metric"] for s in evaluation.samples):
+        task = metric.partition("/")[2]
         now, before = (
-            {s["item"]: s for s in side.samples if s["metric"] == metric} for side in (evaluation, baseline)
+            {s["item"]: s["value"] for s in side.samples if s["metric"] == metric}
+            for side in (evaluation, baseline)
         )
-        values = {s["value"] for side in (now, before) for s in side.values()}
-        if metric.rpartition("/")[2] != name or not values <= {0.0, 1.0}:
+        if task in counted or not {*now.values(), *before.values()} <= {0.0, 1.0}:
             continue
         assert now.keys() == before.keys(), f"{metric}: the floating-point model was asked other documents"
-        change = {item: now[item]["value"] - before[item]["value"] for item in now}
-        kinds = {"flips": (1.0, -1.0), "right_to_wrong": (-1.0,), "wrong_to_right": (1.0,)}
-        result = NOTHING
-        for kind, counted in kinds.items():
-            rows = [{"item": item, "value": float(c in counted)} for item, c in change.items()]
-            found = mean(f"{kind}/{name}", rows)
+        counted.add(task)
+        for kind, changes in (
+            ("flips", (1.0, -1.0)),
+            ("right_to_wrong", (-1.0,)),
+            ("wrong_to_right", (1.0,)),
+        ):
+            rows = [{"item": i, "value": float(now[i] - before[i] in changes)} for i in now]
+            found = mean(f"{kind}/{task}", rows)
             result += Evaluation(found.metrics, found.samples if kind == "flips" else [])
-        return result
-    return NOTHING
-
-
-def no_flips(name: str, evaluation: Evaluation) -> Evaluation:
-    """What comparing the floating-point model's answers with themselves says."""
-    return flips(name, evaluation, evaluation)
+    return result
 
 
 def tail_of(model: Any) -> Tail:
-    """The floating-point model's, with weights of its own: quantizing edits the model in place."""
+    """The floating-point model's, with weights of its own, since quantizing edits the model in place; on the CPU."""
     with torch.no_grad():
-        return Tail(model, share=False)
+        return Tail(model, share=False).to(torch.device("cpu"))

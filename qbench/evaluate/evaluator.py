@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from qbench.data.corpora import load_text, short
 from qbench.data.library import Library
 from qbench.data.windows import Windows, evaluation_windows
-from qbench.evaluate import harness
-from qbench.evaluate.baseline import Baseline, Baselines, Reference, flips, no_flips, tail_of
+from qbench.evaluate import harness, stock
+from qbench.evaluate.baseline import Baseline, Baselines, Reference, flips, tail_of
 from qbench.evaluate.decoding import decoded
 from qbench.evaluate.harness import Ask, Harness
 from qbench.evaluate.logits import (
@@ -57,17 +58,19 @@ class Evaluator:
         plan = self.plan
         if not plan.against_fp:
             return None
-        found, device = {}, torch.device(self.device).type
+        found = {}
+        versions = {name: version(name) for name in ("torch", "transformers", "lm_eval")}
+        common = {"model": identity, "device": torch.device(self.device).type, "versions": versions}
         for name in plan.ppl:
-            about = {
-                "model": identity, "text": name, "sha256": load_text(name, plan.split, self.library).sha256,
-                "seq_len": plan.seq_len, "stride": plan.stride, "max_windows": plan.max_windows, "device": device,
+            about = common | {
+                "text": name, "sha256": load_text(name, plan.split, self.library).sha256,
+                "seq_len": plan.seq_len, "stride": plan.stride, "max_windows": plan.max_windows,
             }  # fmt: skip
             found[short(name)] = baselines.get(about, partial(self._text_baseline, name))
         for name in plan.tasks:
-            about = {
-                "model": identity, "task": name, "limit": plan.limit, "shots": repr(plan.shots),
-                "data": harness.origin(name, self.library, plan.shots), "device": device,
+            about = common | {
+                "task": name, "ours": stock.REVISION, "limit": plan.limit, "shots": repr(plan.shots),
+                "data": harness.origin(name, self.library, plan.shots),
             }  # fmt: skip
             found[name] = baselines.get(about, partial(self._task_baseline, name))
         return Reference(found, tail_of(self.model) if plan.ppl else None)
@@ -109,15 +112,16 @@ class Evaluator:
                 found = asked.accuracy(name, self.library, self._ask)
                 result += found
                 if reference:
-                    result += flips(name, found, reference.baselines[name].evaluation)
+                    result += flips(found, reference.baselines[name].evaluation)
             return harness.drops(result) + self._rest()
 
     def run_float(self, reference: Reference) -> tuple[Evaluation, float]:
         """The floating-point model's own evaluation, from its baselines, and the seconds that they took."""
         result, seconds = NOTHING, 0.0
         for name, baseline in reference.baselines.items():
-            same = no_flips if baseline.hidden is None else against_itself
-            result += baseline.evaluation + same(name, baseline.evaluation)
+            found = baseline.evaluation
+            result += found
+            result += flips(found, found) if baseline.hidden is None else against_itself(name, found)
             seconds += baseline.seconds
         with self._working():
             return harness.drops(result) + self._rest(), seconds

@@ -12,10 +12,10 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qbench.data.corpora import load_text
 from qbench.data.library import Library
+from qbench.data.overlap import Signature, signature
 from qbench.evaluate import stock
 from qbench.evaluate.result import NOTHING, Evaluation, mean
 from qbench.evaluate.stock import Shots
@@ -52,7 +52,7 @@ _DOCUMENTS = {
 }  # fmt: skip
 _ROOM = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing to lm-eval
 _SEED = 1234  # of examples: lm-eval's own
-_LONG = 100  # characters: shorter texts are set phrases and answers
+_LONG = 40  # characters: shorter texts are set phrases and answers
 _ON_CPU = 32  # lm-eval finds the largest batch by running out of memory, which a CPU should not
 
 
@@ -115,13 +115,14 @@ def origin(name: str, library: Library, shots: Shots) -> dict[str, Any]:
     }
     places = dict.fromkeys(rows.origin for rows in found.values())
     shown = [*places] if len(places) < 4 else [*list(places)[:2], f"and {len(places) - 2} more"]
-    digests = " ".join(rows.sha256 for rows in found.values())
+    made = [repr(stock.versions()), name]  # of a task that makes its documents
+    digests = " ".join([rows.sha256 for rows in found.values()] or made)
     return {"origin": ", ".join(shown) or "made", "sha256": hashlib.sha256(digests.encode()).hexdigest()}
 
 
 @lru_cache(maxsize=64)
-def question_tokens(name: str, library: Library, shots: Shots, tokenizer: Any) -> Tensor:
-    """The long texts in the documents of a task, one after another, `(n_tokens,)`."""
+def questions(name: str, library: Library, shots: Shots, tokenizer: Any) -> Signature:
+    """The texts in the documents of a task, to look for in calibration text."""
     texts = dict.fromkeys(
         value
         for _, task in tasks_of(name, library, shots).values()
@@ -130,7 +131,7 @@ def question_tokens(name: str, library: Library, shots: Shots, tokenizer: Any) -
         if isinstance(value, str) and len(value) > _LONG
     )
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
-    return torch.tensor([token for one in ids for token in (*one, -1)], dtype=torch.long)
+    return signature(torch.tensor(one, dtype=torch.long) for one in ids)
 
 
 def drops(result: Evaluation) -> Evaluation:
@@ -202,8 +203,8 @@ class Harness:
                     "item": numbers[key, document["doc_id"]],
                     "value": float(document[metric]),
                 }
-                if part or "part" in document["doc"]:
-                    row["part"] = part if together and part else str(document["doc"].get("part", ""))
+                if shown := (part if together else "") or str(document["doc"].get("part") or ""):
+                    row["part"] = shown
                 rows.setdefault((label, name if together else key), []).append(row)
         evaluation = NOTHING
         for (label, shown), items in rows.items():

@@ -40,10 +40,12 @@ def from_hidden(
 ) -> Iterator[Batch]:
     """Logits of what the last block put out, `(n_windows, seq_len, hidden)`."""
     device, tail = torch.device(device), Tail(model, share=True)
-    with torch.inference_mode(), placed(tail.model, device):
+    with placed(tail.model, device):
         for part in _parts(len(windows), batch_size):
-            ids = windows[part].to(device)
-            yield part, ids, tail(ids, hidden[part].to(device))
+            with torch.inference_mode():
+                ids = windows[part].to(device)
+                logits = tail(ids, hidden[part].to(device))
+            yield part, ids, logits
 
 
 def last_hidden(model: Any, windows: Tensor, batch_size: int, device: torch.device) -> Tensor:
@@ -51,11 +53,11 @@ def last_hidden(model: Any, windows: Tensor, batch_size: int, device: torch.devi
     family = family_of(model)
     stream, kwargs = first_inputs(model, family, windows, batch_size)
     hidden = list(stream.batches())
-    with torch.inference_mode():
-        for block, kw in zip(model.get_submodule(family.blocks), kwargs, strict=True):
-            with placed(block, device):
-                there = to_device(kw, device)
-                hidden = [hidden_of(block(h.to(device), **there)).cpu() for h in hidden]
+    for block, kw in zip(model.get_submodule(family.blocks), kwargs, strict=True):
+        # What is moved inside inference_mode is of no use for training ever after.
+        with placed(block, device), torch.inference_mode():
+            there = to_device(kw, device)
+            hidden = [hidden_of(block(h.to(device), **there)).cpu() for h in hidden]
     return torch.cat(hidden)
 
 

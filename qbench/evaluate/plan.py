@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from qbench.data.corpora import CORPORA, Use, check_name, load_text, short, versioned
+from qbench.data.corpora import CORPORA, Text, Use, check_name, is_file, known, load_text, short, versioned
 from qbench.data.library import Library
+from qbench.data.overlap import Signature, signature
 from qbench.data.sources import Source
 from qbench.data.tokens import tokenize
 from qbench.data.windows import Windows, evaluation_windows
@@ -16,7 +17,7 @@ from qbench.evaluate import harness, sandbox, stock
 from qbench.evaluate.stock import Shots
 from qbench.evaluate.talk import BENCHES, Talk
 
-_FULL = 0.9  # of a device's free memory, beyond which a model is not put there whole
+_FULL = 0.8  # of a device's free memory, beyond which a model is not put there whole: logits need room too
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,19 @@ class EvalPlan:
                 raise ValueError(f"eval.{key} is {value}, it must be at least {least}")
         if self.stride is not None and self.stride >= self.seq_len:
             raise ValueError(f"eval.stride is {self.stride}, it must be below eval.seq_len={self.seq_len}")
+        if self.stride is not None and (
+            random := [n for n in self.ppl if n in CORPORA and CORPORA[n].is_random]
+        ):
+            raise ValueError(
+                f"eval.stride does not go with {', '.join(random)}, whose windows are at random places"
+            )
+        for names in (self.ppl, self.decode_ppl):
+            shown = [short(name) for name in names]
+            for name in names:
+                if shown.count(short(name)) > 1 or (is_file(name) and short(name) in known(self.split)):
+                    raise ValueError(
+                        f"two texts would be called {short(name)!r} in tables; rename the file {name!r}"
+                    )
         harness.check_names(self.tasks)
 
     @property
@@ -90,8 +104,9 @@ class EvalPlan:
             "stride": self.stride if self.ppl else None,
             "decode_ppl": [versioned(name) for name in self.decode_ppl],
             "decode_windows": self.decode_windows if self.decode_ppl else None,
-            "shots": dict(self.shots.by_task) if self.tasks else None,
+            "shots": {name: n for name, n in self.shots.by_task if name in self.tasks},
             "shots_split": self.shots.split if self.tasks else None,
+            "harness": None if set(self.tasks) <= harness.EMBEDDED.keys() else stock.versions(),
             "talk": self.talk.identity() if self.talk else None,
         }
         return {
@@ -169,15 +184,13 @@ class EvalPlan:
         }
         return data | {f"eval/{name}": harness.origin(name, library, self.shots) for name in self.tasks}
 
-    def evaluated_texts(self, tokenizer: Any, library: Library) -> dict[str, Tensor]:
-        """By text or task: its tokens, in which calibration text must not occur."""
+    def signatures(self, tokenizer: Any, library: Library) -> dict[str, Signature]:
+        """By text or task: what must not occur in calibration text."""
         found = {
-            short(n): tokenize(load_text(n, self.split, library), tokenizer)
+            short(n): _signature(load_text(n, self.split, library), tokenizer)
             for n in dict.fromkeys((*self.ppl, *self.decode_ppl))
         }
-        return found | {
-            name: harness.question_tokens(name, library, self.shots, tokenizer) for name in self.tasks
-        }
+        return found | {name: harness.questions(name, library, self.shots, tokenizer) for name in self.tasks}
 
     def fits(self, model: Any, device: str) -> bool:
         """Whether a model is put on the device whole."""
@@ -186,9 +199,17 @@ class EvalPlan:
         if torch.device(device).type != "cuda":
             return True
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        return size <= _FULL * torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by torch, for what comes
+        return size <= _FULL * (torch.cuda.mem_get_info(device)[0] + kept)
 
     def windows(self, name: str, tokenizer: Any, library: Library) -> Windows:
         """The windows of a text that its perplexity is of."""
         text = load_text(name, self.split, library)
         return evaluation_windows(text, tokenizer, self.seq_len, self.max_windows, self.stride)
+
+
+@lru_cache(maxsize=16)
+def _signature(text: Text, tokenizer: Any) -> Signature:
+    return signature([tokenize(text, tokenizer)])

@@ -39,6 +39,8 @@ def mean(metric: str, rows: Iterable[Mapping[str, Any]], over: str | None = None
     means = [sum(values) / len(values) for values in kinds.values()]
     variances = [_variance(values) / len(values) for values in kinds.values()]
     value, stderr = sum(means) / len(means), math.sqrt(sum(variances)) / len(means)
+    if len(means) > 1 and min(map(len, kinds.values())) < 2:  # nothing is known of the spread inside a part
+        stderr = math.sqrt(_variance(means) / len(means))
     samples = [{"metric": metric, **row, "value": float(row["value"])} for row in rows]
     return Evaluation({metric: value, f"{metric}_stderr": stderr}, samples)
 

@@ -7,7 +7,7 @@ from typing import Any
 from qbench.data.library import Library
 from qbench.data.sources import Source
 from qbench.evaluate.dialogue import PLAIN_TEMPLATE, Answer, Question, answer, questions
-from qbench.evaluate.judge import Judge, judge
+from qbench.evaluate.judge import PROMPT_REVISION, Judge, judge
 from qbench.evaluate.result import NOTHING, Evaluation
 
 # Where the questions are, and the judge's reference answers, where there are such.
@@ -45,6 +45,7 @@ class Talk:
         return {
             "benches": list(self.benches), "max_new_tokens": self.max_new_tokens, "limit": self.limit,
             "plain": self.plain, "judge": self.judge.model if self.judge else None,
+            **({"prompt": PROMPT_REVISION} if self.judge else {}),
         }  # fmt: skip
 
     def check(self, tokenizer: Any, library: Library) -> None:
@@ -83,7 +84,11 @@ class Talk:
                 template=PLAIN_TEMPLATE if self.plain else None,
             )  # fmt: skip
             result += _shape(bench, answers)
-            if self.judge is not None and folder is not None:
+            if self.judge is not None:
+                if folder is None:
+                    raise ValueError(
+                        "a judge needs a folder for its judgements, so that none is asked for twice"
+                    )
                 result += judge(answers, bench, self.judge, folder.parent / "judgements")
         return result
 

@@ -142,7 +142,12 @@ _CACHES = ("cache", "past_key_values")  # as models call it since transformers 5
 
 def go_on(out: Any) -> dict[str, Any]:
     """What a model must be called with to go on from its output `out`: the cache, by the name that it has there."""
-    return next(({name: out[name]} for name in _CACHES if out.get(name) is not None), {})
+    for name in _CACHES:
+        if out.get(name) is not None:
+            return {name: out[name]}
+    raise NotImplementedError(
+        f"the model gives no cache to go on from, only {', '.join(out)}; one is needed to decode"
+    )
 
 
 def _padding(kv_len: int, position_ids: Tensor | None) -> Tensor:

@@ -20,11 +20,11 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     row, without a metric.
     """
     records = list(records)
-    settings = _settings(records)
+    settings = differences(records)
     protocols: dict[str, set[str]] = {}
     for record in records:
         for name in record["metrics"]:
-            protocols.setdefault(name, set()).add(_protocol(record, name))
+            protocols.setdefault(name, set()).add(protocol(record, name))
     rows = []
     for record in records:
         common = {
@@ -37,7 +37,7 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
         metrics = record["metrics"]
         named = [name for name in metrics if not name.endswith("_stderr")]
         for name in named:
-            shown = name + (f" {_protocol(record, name)}" if len(protocols[name]) > 1 else "")
+            shown = name + (f" {protocol(record, name)}" if len(protocols[name]) > 1 else "")
             value, stderr = metrics[name], metrics.get(f"{name}_stderr")
             rows.append(common | {"metric": shown.strip(), "value": value, "stderr": stderr})
         if not named:
@@ -46,31 +46,43 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _protocol(record: dict[str, Any], metric: str) -> str:
+def protocol(record: dict[str, Any], metric: str) -> str:
     """How a metric was taken: `[512 x 32]` is window length and most windows, `[limit 50]` most documents."""
     how = record["identity"]["evaluation"]
     kind, _, name = metric.partition("/")
     if not name:
         return ""
     if kind == "decode_ppl":
-        return f"[{how['seq_len']}{' x ' + str(how['decode_windows']) if how.get('decode_windows') else ''}]"
+        windows = f"{how['seq_len']}{' x ' + str(how['decode_windows']) if how.get('decode_windows') else ''}"
+        return f"[{windows}{' ' + how['split'] if how.get('split') else ''}]"
     if kind in ("ppl", "bpb", "kl", "agreement"):
         windows = f"{how['seq_len']}{' x ' + str(how['max_windows']) if how['max_windows'] else ''}"
         stride = f" stride {how['stride']}" if how.get("stride") else ""
         return f"[{windows}{stride}{' ' + how['split'] if how.get('split') else ''}]"
-    shots = how.get("shots", {}).get(name)
-    asked = f"limit {how['limit']}" if how["limit"] else "all"
-    return f"[{asked}{f', {shots} shots' if shots is not None else ''}]"
+    talk = how.get("talk") or {}
+    if name in talk.get("benches", ()):
+        marks = [f"limit {talk['limit']}" if talk["limit"] else "all", f"{talk['max_new_tokens']} tokens"]
+        marks += ["plain"] if talk["plain"] else []
+        return f"[{', '.join([*marks, *([str(talk['judge'])] if talk['judge'] else [])])}]"
+    marks = [f"limit {how['limit']}" if how["limit"] else "all"]
+    if (shots := how.get("shots", {}).get(name)) is not None:
+        marks.append(f"{shots} shots")
+    marks += [f"from {how['shots_split']}"] if how.get("shots_split") else []
+    return f"[{', '.join(marks)}]"
 
 
-def _settings(records: list[dict[str, Any]]) -> dict[str, str]:
-    """By fingerprint: what tells a job from the others of its model, algorithm and scheme."""
+def differences(records: list[dict[str, Any]], ignored: tuple[str, ...] = ()) -> dict[str, str]:
+    """By fingerprint: what tells a job from the others of its model, algorithm and scheme.
+
+    Args:
+        ignored: Beginnings of keys of the identity that are not looked at.
+    """
     alike: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for record in records:
         labels = record["labels"]
         key = tuple(str(labels[name]) for name in ("model", "algo", "scheme"))
         flat = flatten(record["identity"])
-        flat = {k: v for k, v in flat.items() if not k.startswith(_ALREADY_SHOWN)}
+        flat = {k: v for k, v in flat.items() if not k.startswith((*_ALREADY_SHOWN, *ignored))}
         flat["python"] = record["environment"]["versions"]["python"]  # embedded text changes with it
         alike.setdefault(key, {})[record["fingerprint"]] = flat
     found: dict[str, str] = {}

@@ -15,30 +15,39 @@ import pandas as pd
 from rich.console import Console
 from scipy import stats
 
+from qbench.report.frame import differences, protocol
 from qbench.report.paired import Samples, holm
 from qbench.report.tables import print_table, save
 
 _SURE = 0.05
-_GROUP = ["model", "algo", "scheme"]
+_GROUP = ["model", "algo", "scheme", "setting"]
+_DRAWN = ("calib.name", "calib.seed", "calib.recipe", "calib.mix")  # of the identity: what is compared
 
 
 def losses(records: Sequence[dict[str, Any]], samples: Samples) -> pd.DataFrame:
     """Windows' mean negative log-likelihoods of all calibrated jobs.
 
     Returns:
-        One row for each job, text and window: model, algo, scheme, calib, seed, text, item, value.
+        One row for each job, text and window: model, algo, scheme, setting (what else tells jobs apart), calib, seed, text
+        (with its protocol), own (whether it is the calibration set's own text), item, value.
 
     Raises:
         ValueError: If no record is of a calibrated job.
     """
-    parts = []
-    for record in records:
-        labels = record["labels"]
-        if record["status"] != "done" or labels["calib"] is None:
-            continue
+    mine = [r for r in records if r["status"] == "done" and r["labels"]["calib"] is not None]
+    settings, parts = differences(mine, _DRAWN), []
+    ways: dict[str, set[str]] = {}
+    for record in mine:
+        for metric in record["metrics"]:
+            ways.setdefault(metric, set()).add(protocol(record, metric))
+    for record in mine:
+        labels = record["labels"] | {"setting": settings[record["fingerprint"]]}
         found = pd.DataFrame(samples(record["fingerprint"]), columns=["metric", "item", "value"])
-        found = found[found["metric"].str.startswith("ppl/")].rename(columns={"metric": "text"})
-        found["text"] = found["text"].str.removeprefix("ppl/")
+        found = found[found["metric"].str.startswith("ppl/")]
+        metric = found.pop("metric")
+        shown = {m: f" {protocol(record, m)}" if len(ways[m]) > 1 else "" for m in metric.unique()}
+        found["text"] = [m.removeprefix("ppl/") + shown[m] for m in metric]
+        found["own"] = metric == f"ppl/{labels['calib']}"
         for key in (*_GROUP, "calib", "seed"):
             found[key] = labels[key]
         parts.append(found)
@@ -59,14 +68,15 @@ def compare(frame: pd.DataFrame) -> pd.DataFrame:
     for key, group in frame.groupby([*_GROUP, "text"], sort=False):
         nll: dict[Any, float] = group.groupby("calib", sort=False)["value"].mean().to_dict()
         least = min(nll, key=lambda calib: nll[calib])
-        own = group[group["calib"] == key[-1]]
+        own = group[group["own"]]
         best = group[group["calib"] == least]
         for calib, mine in group.groupby("calib", sort=False):
             row = dict(zip([*_GROUP, "text"], key, strict=True))
             row |= {"calib": calib, "value": float(np.exp(nll[calib])), "draws": mine["seed"].nunique()}
             row |= {"change": float(np.expm1(nll[calib] - nll[least])), "p": _p(mine, best)}
-            if len(own) and calib != key[-1]:
-                row |= {"own_change": float(np.expm1(nll[key[-1]] - nll[calib])), "own_p": _p(own, mine)}
+            if len(own) and not mine["own"].any():
+                change = nll[own["calib"].iloc[0]] - nll[calib]
+                row |= {"own_change": float(np.expm1(change)), "own_p": _p(own, mine)}
             rows.append(row)
     found = pd.DataFrame(rows).reindex(columns=[*_COLUMNS])
     for p in ("p", "own_p"):
@@ -84,6 +94,7 @@ def _p(one: pd.DataFrame, other: pd.DataFrame) -> float:
     if one["calib"].iloc[0] == other["calib"].iloc[0]:
         return float("nan")
     delta = one.groupby("item")["value"].mean() - other.groupby("item")["value"].mean()
+    assert not delta.isna().any(), "jobs of one protocol have the same windows"
     if not delta.any():
         return 1.0
     across_windows = float(stats.ttest_1samp(delta, 0.0).pvalue)
@@ -120,7 +131,8 @@ def closest(found: pd.DataFrame) -> pd.DataFrame:
 def show(found: pd.DataFrame, console: Console) -> None:
     """The matrix of each model, algorithm and scheme, and what it says of the closest set."""
     for key, part in table(found).groupby(_GROUP, sort=False):
-        title = f"{' '.join(map(str, key))}: perplexity by calibration set (* p < {_SURE}, against the column's best, Holm)"
+        name = " ".join(filter(None, map(str, key)))
+        title = f"{name}: perplexity (* worse than the column's best, p < {_SURE}, Holm)"
         print_table(part.drop(columns=_GROUP), title, console)
     verdicts = closest(found)
     if not verdicts.empty:

@@ -59,9 +59,8 @@ def _rows(items: pd.DataFrame) -> list[dict[str, Any]]:
             continue
         for part, group in sorted(items.groupby(names, sort=False), key=lambda found: _order(str(found[0]))):
             found = mean("", [{"value": value} for value in group["value"]]).metrics
-            rows.append(
-                {"marks": view, "part": part, "value": found[""], "stderr": found["_stderr"], "n": len(group)}
-            )
+            stderr = found["_stderr"] if len(group) > 1 else None
+            rows.append({"marks": view, "part": part, "value": found[""], "stderr": stderr, "n": len(group)})
     return rows
 
 

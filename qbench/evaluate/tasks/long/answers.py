@@ -26,7 +26,8 @@ def contains_all(row: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def _said(answer: str, text: str) -> bool:
-    return _normalized(answer) in _normalized(text)
+    said = _normalized(answer) or answer.lower()  # "The" is an answer too
+    return said in (_normalized(text) if _normalized(answer) else text.lower())
 
 
 def _normalized(text: str) -> str:
