@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that `--help`, `--cfg job` and completion answer at once.
 """
 
+import inspect
 import logging
 import os
 import shlex
@@ -38,6 +39,9 @@ def main() -> None:
     os.environ["QBENCH_COMMAND"] = shlex.join(["qbench", *arguments])  # for records; argv is about to change
     _silence(verbose)
     try:
+        if arguments and arguments[0] in COMMANDS and {"--help", "-h"} & set(arguments[1:]):
+            print(inspect.getdoc(COMMANDS[arguments[0]]))
+            sys.exit(0)
         if arguments and arguments[0] in COMMANDS:
             sys.exit(COMMANDS[arguments[0]](arguments[1:]))
         sys.exit(_run())

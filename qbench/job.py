@@ -47,19 +47,15 @@ class Job:
             "model": self.model.identity(),
             "algorithm": self.algorithm.identity(),
             "scheme": str(self.scheme),
-            "calib": self.calib.identity() if self.calib else None,
-            "evaluation": self.evaluation.identity(),
+            "calib": self._with_files(self.calib) if self.calib else None,
+            "evaluation": self._with_files(self.evaluation),
             "engine": ENGINE,
-            **({"files": self.files} if self.files else {}),
         }
 
-    @cached_property
-    def files(self) -> dict[str, str]:
-        """SHA-256 of what `data.files` puts in the place of data that this job reads, by corpus or hub id and split."""
-        if not self.library.files:
-            return {}
-        needed = [*self.evaluation.needed(), *(self.calib.needed() if self.calib else ())]
-        return self.library.substitutes(tuple(needed))
+    def _with_files(self, part: CalibrationSet | EvalPlan) -> dict[str, Any]:
+        """A part's identity, with digests of what `data.files` puts in the place of data that it reads."""
+        found = self.library.substitutes(part.needed()) if self.library.files else {}
+        return part.identity() | ({"files": found} if found else {})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,8 +69,12 @@ class Job:
             "evaluation": canonical(self.evaluation),
             "engine": str(ENGINE),
         }
-        if self.files:
-            parts["files"] = canonical_json(self.files)
+        if self.library.files:
+            parts |= {
+                key: canonical_json(self.identity()[key])
+                for key in ("calib", "evaluation")
+                if parts[key] != "null"
+            }
         text = "{" + ",".join(f'"{key}":{parts[key]}' for key in sorted(parts)) + "}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -114,6 +114,8 @@ class Job:
                 "quantization inside attention needs model.attn=sdpa", f"model.attn is {self.model.attn}"
             )
         _check_fit(self.model, self.scheme)
+        if (talk := self.evaluation.talk) is not None:
+            _check_length(self.model, "eval.max_new_tokens", talk.max_new_tokens + 1)
         if self.evaluation.windows_are_read:
             _check_length(self.model, "eval.seq_len", self.evaluation.seq_len)
         _check_evaluation(self.model, self.evaluation, self.library)

@@ -205,6 +205,8 @@ def _measure(
             result, seconds = evaluator.run_float(reference)
         else:
             result, seconds = evaluator.run(reference), 0.0
+    if evaluator.streamed:
+        metrics["eval_streamed"] = 1.0
     metrics["eval_time_s"] += seconds  # of what this job read, since it was computed before
     if quantized.errors:
         metrics["block_error_mean"] = sum(quantized.errors) / len(quantized.errors)

@@ -1,11 +1,13 @@
 """Evaluations as a user asks for them: families of tasks, dialogue, code, what is missing."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qbench.data.corpora import CORPORA
+from qbench.evaluate.judge import Judge
 from qbench.sweep.shipped import CONF
 from qbench.track.records import RecordStore
 
@@ -306,3 +308,63 @@ def test_forcing_a_dialogue_asks_again_and_a_judge_does_not(qbench, bench, monke
         assert qbench(*plain, f"judge.base_url={server.base_url}", "judge.model=some-judge") == 0
     assert qbench(*plain, "force=true") == 0
     assert asked == [False, True, False]
+
+
+def test_one_block_after_another_gives_the_same_record(qbench):
+    small = ("eval.seq_len=64", "eval.max_windows=3", "eval.limit=8", "eval.against_fp=true")
+    metrics = []
+    for streamed in ("false", "true"):
+        assert qbench(*NANO, *small, f"eval.streamed={streamed}", f"results=r-{streamed}") == 0
+        metrics.append(record(f"r-{streamed}")["metrics"])
+    whole, streamed = metrics
+    assert streamed.pop("eval_streamed") == 1
+    quality = {k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in whole.items() if "/" in k}
+    assert {k: v for k, v in streamed.items() if "/" in k} == quality
+
+
+def test_two_files_of_one_name_do_not_share_a_column(qbench, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "notes.txt").write_text(f"Words of {folder} about files. " * 200)
+        assert (
+            qbench(
+                *NANO,
+                "eval.tasks=[]",
+                "eval.seq_len=64",
+                "eval.max_windows=3",
+                f"eval.ppl=[{folder}/notes.txt]",
+            )
+            == 0
+        )
+    assert qbench("tables") == 0
+    header = Path("results/tables/summary.csv").read_text().splitlines()[0]
+    assert header.count("ppl/notes [64 x 3 @") == 2
+
+
+def test_answers_are_there_though_the_judge_is_out_of_reach(qbench, bench, monkeypatch):
+    monkeypatch.setattr("qbench.sweep.settings.Judge", partial(Judge, attempts=1))
+    judged = (*bench, "eval.plain_dialogue=true", "judge.base_url=http://127.0.0.1:9/v1", "judge.model=x")
+    assert qbench(*judged) == 3
+    assert "the answers are in" in record()["reason"]
+    (kept,) = Path("results/dialogue").rglob("mt_bench.jsonl")
+    assert len(kept.read_text().splitlines()) == 2
+
+
+def test_an_answer_longer_than_the_model_reads_is_refused_before(qbench, bench, capfd):
+    assert qbench(*bench, "eval.plain_dialogue=true", "eval.max_new_tokens=1024") == 2
+    assert "lower eval.max_new_tokens" in capfd.readouterr().err
+
+
+def test_every_recipe_can_be_compared_with_the_floating_point_model(qbench, capfd):
+    assert qbench("-m", "algo=rtn", "wbits=4,2", *NANO[:3], "eval=quick", "eval.max_windows=4") == 0
+    capfd.readouterr()
+    assert qbench("tables", "against=fp") == 0
+    out = capfd.readouterr().out
+    assert "w4a16g128" in out
+    assert "w2a16g128" in out
+
+
+def test_every_command_says_what_it_is_for(qbench, capfd):
+    for command in ("tables", "data", "sensitivity", "status"):
+        assert qbench(command, "--help") == 0
+        assert f"`qbench {command}" in capfd.readouterr().out

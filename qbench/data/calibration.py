@@ -112,7 +112,7 @@ class CalibrationSet:
             kept["mix"] = {versioned(name): weight / total for name, weight in self.mix}
         return kept
 
-    def needed(self) -> Iterator[tuple[Source, str, str]]:
+    def needed(self) -> Iterator[tuple[Source, str, str | None]]:
         """The splits that are read, each with its corpus; what is embedded or the user's own is not among them."""
         for part in self._parts() or (self,):
             if part.name in CORPORA:

@@ -80,7 +80,7 @@ class Library:
         """
         return _rows(self, source, split, name)
 
-    def substitutes(self, needed: tuple[tuple[Source, str, str | None], ...]) -> dict[str, str]:
+    def substitutes(self, needed: Iterable[tuple[Source, str, str | None]]) -> dict[str, str]:
         """Digests of the files that `files` puts in the place of needed splits, by `<corpus or hub id>/<split>`."""
         found = {}
         for source, split, name in needed:

@@ -74,7 +74,12 @@ class EvalPlan:
             ("decode_windows", 2),
         ):  # fmt: skip
             if (value := getattr(self, key)) is not None and value < least:
-                raise ValueError(f"eval.{key} is {value}, it must be at least {least}")
+                why = (
+                    ", or there is no standard error"
+                    if key in ("max_windows", "limit", "decode_windows")
+                    else ""
+                )
+                raise ValueError(f"eval.{key} is {value}, it must be at least {least}{why}")
         if self.stride is not None and self.stride >= self.seq_len:
             raise ValueError(f"eval.stride is {self.stride}, it must be below eval.seq_len={self.seq_len}")
         if self.stride is not None and (
@@ -146,15 +151,15 @@ class EvalPlan:
             name, reason = next(iter(gone.items()))
             raise FileNotFoundError(
                 f"{len(gone)} of {len(self.tasks)} tasks lack data: {', '.join(gone)}; eval.skip_missing=true leaves "
-                f"them out. {name}: {reason}"
+                f"them out, `qbench data list` says where they are looked for. {name}: {reason}"
             )
         if self.talk is not None:
             self.talk.check(tokenizer, library)
         if code := [name for name in self.tasks if harness.runs_code(name)]:
             if not self.unsafe:
                 raise ValueError(
-                    f"{', '.join(code)} run what the model writes; allow it with eval.allow_code_execution=true, or "
-                    "leave them out"
+                    f"what the model writes is run by {', '.join(code)}; allow it with eval.allow_code_execution=true, or "
+                    "leave it out"
                 )
             sandbox.check()
 

@@ -102,6 +102,8 @@ def check_names(names: tuple[str, ...]) -> None:
     """
     for name in names:
         if name not in _places():
+            if name in ("mt_bench", "vicuna_bench"):
+                raise ValueError(f"{name} is no task but a dialogue: eval.dialogue=[{name}]")
             near = difflib.get_close_matches(name, list(_places()), n=3)
             raise ValueError(
                 f"unknown task {name!r}; "
@@ -119,7 +121,10 @@ def missing(name: str, library: Library, shots: Shots) -> str:
             try:
                 library.rows(leaf.source, split)
             except FileNotFoundError as error:
-                reasons.append(str(error))
+                why = (
+                    "" if split == leaf.tested else "for the solved examples before a question (eval.shots), "
+                )
+                reasons.append(why + str(error))
     more = f" (and {len(reasons) - 1} more of its parts)" if len(reasons) > 1 else ""
     return reasons[0] + more if reasons else ""
 

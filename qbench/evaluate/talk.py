@@ -76,24 +76,29 @@ class Talk:
         Args:
             folder: Keeps answers, so that a killed job goes on where it stopped, and beside it, for all jobs, judgements.
         """
-        result = NOTHING
-        for bench in self.benches:
+        if self.judge is not None and folder is None:
+            raise ValueError("a judge needs a folder for its judgements, so that none is asked for twice")
+        given: dict[str, list[Answer]] = {}
+        for bench in self.benches:  # all answers first: they take longest, and a judge may be out of reach
             keep = folder / f"{bench}.jsonl" if folder else None
-            answers = answer(
+            given[bench] = answer(
                 model, tokenizer, self.questions(bench, library), max_new_tokens=self.max_new_tokens, keep=keep,
                 template=PLAIN_TEMPLATE if self.plain else None,
             )  # fmt: skip
-            result += _shape(bench, answers)
-            if self.judge is not None:
-                if folder is None:
-                    raise ValueError(
-                        "a judge needs a folder for its judgements, so that none is asked for twice"
-                    )
-                result += judge(answers, bench, self.judge, folder.parent / "judgements")
+        result = NOTHING
+        for bench, answers in given.items():
+            result += _cut(bench, answers)
+            if self.judge is not None and folder is not None:
+                try:
+                    result += judge(answers, bench, self.judge, folder.parent / "judgements")
+                except ConnectionError as error:
+                    raise ConnectionError(
+                        f"{error}; the answers are in {folder}, and are not asked for again"
+                    ) from error
         return result
 
 
-def _shape(bench: str, answers: list[Answer]) -> Evaluation:
+def _cut(bench: str, answers: list[Answer]) -> Evaluation:
     """How many prompts were cut off: there where a conversation is longer than the model reads."""
     cut = sum(answer.truncated for answer in answers)
     return Evaluation({f"truncated/{bench}": cut / len(answers)}, []) if cut else NOTHING

@@ -52,13 +52,19 @@ def protocol(record: dict[str, Any], metric: str) -> str:
     kind, _, name = metric.partition("/")
     if not name:
         return ""
+    texts = [*how.get("ppl", ()), *how.get("decode_ppl", ())]
+    content = {
+        t.partition("@")[2] for t in texts if t.partition("@")[0] == name and not t.startswith("stdlib_")
+    }
+    content |= {digest for key, digest in how.get("files", {}).items() if key.partition("/")[0] == name}
+    of = "".join(f" @{digest[:6]}" for digest in sorted(content) if digest)  # of a file that is the user's
     if kind == "decode_ppl":
         windows = f"{how['seq_len']}{' x ' + str(how['decode_windows']) if how.get('decode_windows') else ''}"
-        return f"[{windows}{' ' + how['split'] if how.get('split') else ''}]"
+        return f"[{windows}{' ' + how['split'] if how.get('split') else ''}{of}]"
     if kind in ("ppl", "bpb", "kl", "agreement"):
         windows = f"{how['seq_len']}{' x ' + str(how['max_windows']) if how['max_windows'] else ''}"
         stride = f" stride {how['stride']}" if how.get("stride") else ""
-        return f"[{windows}{stride}{' ' + how['split'] if how.get('split') else ''}]"
+        return f"[{windows}{stride}{' ' + how['split'] if how.get('split') else ''}{of}]"
     talk = how.get("talk") or {}
     if name in talk.get("benches", ()):
         marks = [f"limit {talk['limit']}" if talk["limit"] else "all", f"{talk['max_new_tokens']} tokens"]

@@ -21,7 +21,13 @@ from qbench.report.tables import print_table, save
 
 _SURE = 0.05
 _GROUP = ["model", "algo", "scheme", "setting"]
-_DRAWN = ("calib.name", "calib.seed", "calib.recipe", "calib.mix")  # of the identity: what is compared
+_DRAWN = (
+    "calib.name",
+    "calib.seed",
+    "calib.recipe",
+    "calib.mix",
+    "calib.files",
+)  # of the identity: what is compared
 
 
 def losses(records: Sequence[dict[str, Any]], samples: Samples) -> pd.DataFrame:
@@ -134,6 +140,10 @@ def show(found: pd.DataFrame, console: Console) -> None:
         name = " ".join(filter(None, map(str, key)))
         title = f"{name}: perplexity (* worse than the column's best, p < {_SURE}, Holm)"
         print_table(part.drop(columns=_GROUP), title, console)
+    if (found["draws"] < 2).any():
+        console.print(
+            "one draw of some sets: the luck of the draw is not in p; add seed=0,1,2", highlight=False
+        )
     verdicts = closest(found)
     if not verdicts.empty:
         print_table(verdicts, f"is the text's own set better than each other one (p < {_SURE})?", console)

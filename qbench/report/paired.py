@@ -15,6 +15,7 @@ from qbench.report.tables import file_name, print_table, save
 
 Samples = Callable[[str], list[dict[str, Any]]]
 _SURE = 0.01
+_FLOAT = "w16a16"
 _PAID = 0.05  # bits per weight, all of the model
 
 
@@ -90,6 +91,9 @@ def _baseline(
     if not found or any(r is record for r in found):
         plain = _meets(record, plain=True)
         found = base.get(plain, []) if plain != _meets(record) else []
+    if not found:  # every scheme is met by the floating-point model
+        model, _, evaluation = _meets(record)
+        found = base.get((model, _FLOAT, evaluation), [])
     same = [r for r in found if r["identity"]["calib"] == record["identity"]["calib"]]
     if len(found := same or found) > 1:
         raise ValueError(

@@ -76,10 +76,11 @@ def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found = {}
     for (metric, marks), part in frame.groupby(["metric", "marks"], sort=False):
         cells: dict[tuple[str, ...], dict[str, str]] = {}
+        counts = part.groupby("part")["n"].agg(["min", "max"]).astype(str)
+        shown = {p: f"{p} (n={'-'.join(dict.fromkeys(n))})" for p, n in counts.T.to_dict("list").items()}
         for _, row in part.iterrows():
-            cells.setdefault(tuple(row[k] for k in index), {})[row["part"]] = number(
-                row["value"], row["stderr"]
-            )
+            cell = number(row["value"], row["stderr"])
+            cells.setdefault(tuple(row[k] for k in index), {})[shown[row["part"]]] = cell
         rows = [dict(zip(index, key, strict=True)) | columns for key, columns in cells.items()]
         found[f"{metric} by {marks}"] = pd.DataFrame(rows).fillna("")
     return found

@@ -188,7 +188,7 @@ def _show_failures(frame: pd.DataFrame, console: Console) -> None:
         console.print(f"and {len(failed) - _REASONS} more failed", highlight=False)
 
 
-def _warnings(records: Iterable[dict[str, Any]]) -> list[str]:
+def _warnings(records: Sequence[dict[str, Any]]) -> list[str]:
     """What makes numbers untrustworthy, a line for each kind."""
     overlaps, cut = dict[str, float](), dict[str, float]()
     for record in records:
@@ -201,6 +201,15 @@ def _warnings(records: Iterable[dict[str, Any]]) -> list[str]:
                 cut[metric.partition("/")[2]] = max(share, cut.get(metric.partition("/")[2], 0.0))
     found = [f"{pair} ({share:.0%} of the samples)" for pair, share in overlaps.items() if share]
     lines = [f"WARNING   calibration text occurs in evaluation text: {', '.join(found)}"] if found else []
+    left_out = dict.fromkeys(task for record in records for task in record.get("left_out", ()))
+    lines += [f"left out  for want of data: {', '.join(left_out)}"] if left_out else []
+    if answered := [r for r in records if r.get("identity", {}).get("evaluation", {}).get("talk")]:
+        judged = all(r["identity"]["evaluation"]["talk"]["judge"] for r in answered)
+        lines.append(
+            "answers   "
+            + ("" if judged else "not marked, for want of a judge: ")
+            + "in the folder dialogue of the results"
+        )
     tasks = [f"{task} ({share:.0%})" for task, share in cut.items()]
     return lines + ([f"cut off   longer than the model reads: {', '.join(tasks)}"] if tasks else [])
 

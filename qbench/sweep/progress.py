@@ -80,15 +80,17 @@ class Progress:
         self._bars.update(self._jobs, completed=self._done)
         self._note()
         labels = record["labels"]
-        title = " ".join(str(labels[key]) for key in ("model", "algo", "scheme"))
+        title = " ".join(
+            str(labels[key]) for key in ("model", "algo", "scheme", "calib") if labels[key] is not None
+        )
         head = f"[{self._done}/{self._total}] {title}"
         if record["status"] == "failed":
             self._say(f"{head}: failed, {record['reason']}")
             return
         metrics = record["metrics"]
-        shown = [
-            f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith(("ppl/", "acc/")) and "stderr" not in k
-        ]
+        quality = {k: v for k, v in metrics.items() if "/" in k and not k.endswith("_stderr")}
+        usual = {k: v for k, v in quality.items() if k.startswith(("ppl/", "acc/"))}
+        shown = [f"{k} {v:.4g}" for k, v in list((usual or quality).items())[:8]]
         seconds = sum(metrics[f"{name}_time_s"] for name in ("load", "calib", "eval"))
         eta = f", {left} left" if (left := self._left()) else ""
         self._say(f"{head}: {', '.join(shown)} ({seconds:.1f} s{eta})")

@@ -145,6 +145,10 @@ def verify(grid: Grid) -> int:
         for line in (*found, "delete what has changed, and run `qbench data fetch` again"):
             complain(line)
         return SOME_LACKING
+    if not (manifest.data or manifest.models):
+        raise UsageError(
+            f"{path} lists nothing: nothing could be had when it was fetched; run `qbench data fetch` again"
+        )
     sizes = [about["bytes"] for _, about in manifest.files()]
     print(f"{len(sizes)} files of {size(sum(sizes))} are as they were fetched")
     return OK
