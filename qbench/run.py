@@ -281,7 +281,7 @@ def _provenance(job: Job, metrics: dict[str, float]) -> dict[str, Any]:
     data: dict[str, Any] = dict(job.evaluation.provenance(job.library))
     if job.calib is not None:
         tokens = calibration_tokens(job.model, job.calib, job.library, job.device)
-        shares = calibration_overlap(job.model, job.calib, job.evaluation, job.library)
+        shares = calibration_overlap(job.model, job.calib, job.evaluation, job.library, job.device)
         metrics["calib_overlap"] = max(shares.values(), default=0.0)
         data[f"calib/{job.calib.label}"] = {
             "shape": list(tokens.shape), "sha256": sha256(tokens), "overlap": shares,
@@ -291,12 +291,12 @@ def _provenance(job: Job, metrics: dict[str, float]) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def calibration_overlap(
-    model: ModelRef, calib: CalibrationSet, evaluation: EvalPlan, library: Library
+    model: ModelRef, calib: CalibrationSet, evaluation: EvalPlan, library: Library, device: str
 ) -> dict[str, float]:
     """By evaluation text or task: the share of calibration samples that have a passage of it."""
     if calib.name in ("random", "self"):
         return {}
-    tokens = calibration_tokens(model, calib, library)
+    tokens = calibration_tokens(model, calib, library, device)
     return {
         n: overlap(tokens, found) for n, found in evaluation.signatures(tokenizer(model), library).items()
     }

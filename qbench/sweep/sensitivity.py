@@ -53,7 +53,7 @@ def statistics(config: dict[str, Any]) -> int:
         calib = calibration(settings.calib, settings.seed)
         job = replace(Jobs().job(floating_point(config)), calib=calib)
         job.check()
-        tokens = calibration_tokens(job.model, calib, job.library)
+        tokens = calibration_tokens(job.model, calib, job.library, job.device)
         model = job.model.load()
         rows = list(tensor_statistics(model, tokens, batch_size=calib.batch_size, device=job.device))
     except (ValueError, NotImplementedError, OSError) as error:
