@@ -179,7 +179,7 @@ def _sync(arguments: list[str]) -> int:
     """`qbench sync [results=…] [tracker.uri=…]`: mirror records that MLflow does not hold yet."""
     config = _config(arguments)
     from qbench.sweep.mirroring import sync
-    from qbench.sweep.settings import TrackerSettings
+    from qbench.sweep.schema import TrackerSettings
 
     tracker = TrackerSettings(**config["tracker"])
     print(f"{sync(Path(config['results']), tracker)} records mirrored to {tracker.uri}")

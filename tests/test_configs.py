@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from qbench.job import Job, _cached_canonical
 from qbench.quant.scheme import Scheme
 from qbench.sweep.compose import plain
-from qbench.sweep.settings import Jobs, Settings
+from qbench.sweep.schema import Settings
+from qbench.sweep.settings import Jobs
 from qbench.sweep.shipped import CONF, SWEEPS
 from qbench.sweep.study import unfold
 

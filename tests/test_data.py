@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qbench.data.corpora import CORPORA, known, load_text, versioned
-from qbench.data.library import Library, read_rows
+from qbench.data.files import read_rows
+from qbench.data.library import Library
 from qbench.data.sources import Source
 from qbench.data.tokens import tokenize
 from qbench.data.windows import evaluation_windows

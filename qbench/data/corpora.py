@@ -12,7 +12,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from qbench.data.library import Library, read_rows
+from qbench.data.files import read_rows
+from qbench.data.library import Library
 from qbench.data.sources import SUFFIXES, Source
 from qbench.zoo import stdlib
 

@@ -1,16 +1,16 @@
 """Where data sets are found: under `data.root`, in the hub's local cache, on the hub, in this order."""
 
 import contextlib
-import gzip
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qbench.data.files import alike, file_rows
 from qbench.data.sources import SUFFIXES, Source
 from qbench.errors import first_line
 
@@ -86,7 +86,7 @@ class Library:
         for source, split, name in needed:
             for key in (f"{name}/{split}", f"{source.hub_id}/{split}"):
                 if key in dict(self.files):
-                    digests = [_file(path)[1] for path in self.local(source, split, name)]
+                    digests = [file_rows(path)[1] for path in self.local(source, split, name)]
                     found[key] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
         return found
 
@@ -148,7 +148,7 @@ def _read(source: Source, split: str, paths: tuple[Path, ...], root: Path | None
 
     rows, digests = [], []
     for path in paths:
-        found, digest = _file(path)
+        found, digest = file_rows(path)
         digests.append(digest)
         # In the hub's layout a file holds one configuration alone, whose rows need not say which.
         whole = source.on_hub and root is not None and path.is_relative_to(root / source.hub_id)
@@ -158,65 +158,14 @@ def _read(source: Source, split: str, paths: tuple[Path, ...], root: Path | None
             f"{', '.join(map(str, paths))} hold no row of split {split!r} of {source}, which is needed"
         )
     columns = dict.fromkeys(key for row in rows for key in row)
-    data = Dataset.from_dict({key: _alike([row.get(key) for row in rows]) for key in columns})
+    data = Dataset.from_dict({key: alike([row.get(key) for row in rows]) for key in columns})
     sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return Rows(data, _named(paths, root), sha256)
-
-
-@lru_cache(maxsize=8)
-def _file(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a file, and the SHA-256 of its bytes: one file may hold the subjects of sixty tasks."""
-    return list(read_rows(path)), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _named(paths: Iterable[Path], root: Path | None) -> str:
     names = [str(p.relative_to(root)) if root and p.is_relative_to(root) else str(p) for p in paths]
     return "file " + ", ".join(names)
-
-
-def _alike(values: list[Any]) -> list[Any]:
-    """The values of a field, as JSON where they are of several kinds, which a table cannot hold."""
-    import pyarrow as pa
-
-    try:
-        pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return [json.dumps(value, ensure_ascii=False) for value in values]
-    return values
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines (a list, with suffix .json), parquet or arrow.
-
-    Raises:
-        ValueError: If it is none of these.
-    """
-    if path.suffix in (".parquet", ".arrow"):
-        from datasets import Dataset
-
-        table = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_file(str(path))
-        yield from table
-        return
-    if path.suffix not in (".jsonl", ".json", ".gz"):
-        raise ValueError(f"{path} has suffix {path.suffix!r}; known are {', '.join(SUFFIXES)}")
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8") as file
-    ):
-        first = file.read(1)
-        file.seek(0)
-        if first == "[":
-            yield from json.load(file)
-            return
-        for number, line in enumerate(file, 1):  # not splitlines(): it also cuts at U+2028 inside a string
-            try:
-                if line.strip():
-                    yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: {error}; one JSON object a line is needed"
-                ) from error
 
 
 def _loaded(source: Source, split: str, place: str, origin: str) -> Rows:

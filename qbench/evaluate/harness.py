@@ -7,7 +7,7 @@ documents, since its own bootstrap starts a pool of processes.
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from qbench.data.corpora import load_text
 from qbench.data.library import Library
 from qbench.data.overlap import Signature, signature
 from qbench.evaluate import stock
+from qbench.evaluate.language_model import language_model, texts_of
 from qbench.evaluate.result import NOTHING, Evaluation, mean
 from qbench.evaluate.stock import Shots
 from qbench.zoo import tasks as embedded
@@ -50,7 +51,6 @@ EMBEDDED["stdlib_recall"] = EMBEDDED["stdlib_copy"]
 _DOCUMENTS = {
     "stdlib_cloze": embedded.cloze, "stdlib_copy": embedded.copying, "stdlib_recall": embedded.recalling,
 }  # fmt: skip
-_ROOM = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing to lm-eval
 _SEED = 1234  # of examples: lm-eval's own
 _LONG = 40  # characters: shorter texts are set phrases and answers
 _ON_CPU = 32  # lm-eval finds the largest batch by running out of memory, which a CPU should not
@@ -153,7 +153,7 @@ class Harness:
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
         size = batch_size or ("auto" if model.device.type == "cuda" else _ON_CPU)
-        self.language_model = _language_model(model, tokenizer, size)
+        self.language_model = language_model(model, tokenizer, size)
 
     def accuracy(self, name: str, library: Library, ask: Ask) -> Evaluation:
         """Every metric of a task that is a mean over documents, with its standard error.
@@ -215,15 +215,10 @@ class Harness:
     def _truncated(self, name: str, documents: list[tuple[str, Any]]) -> Evaluation:
         seen: dict[tuple[str, int], bool] = {}
         for key, document in documents:
-            asked = {_texts(argument) for argument in document["arguments"]}
+            asked = {texts_of(argument) for argument in document["arguments"]}
             seen[key, document["doc_id"]] = bool(asked & self.language_model.truncated)
         share = sum(seen.values()) / len(seen)
         return Evaluation({f"truncated/{name}": share}, [])
-
-
-def _texts(arguments: tuple[Any, ...]) -> tuple[str, ...]:
-    """What tells one request from others: many have the same context, an empty one above all."""
-    return tuple(argument for argument in arguments if isinstance(argument, str))
 
 
 def _numbers(documents: list[tuple[str, Any]]) -> dict[tuple[str, int], int]:
@@ -250,74 +245,3 @@ def _mean_metrics(task: Any, document: Mapping[str, Any]) -> Iterable[str]:
 
 def _is_mean(aggregation: Any) -> bool:
     return getattr(aggregation, "__name__", "") == "mean"
-
-
-def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    encoded = _encoder(tokenizer)
-
-    class Watched(HFLM):
-        """lm-eval's model without its own progress bars, which it shows whatever the environment says.
-
-        It keeps tokens, since all jobs of a sweep ask the same, and notes what was cut off.
-        """
-
-        truncated: set[tuple[str, ...]]
-
-        def tok_encode(
-            self, string: str, add_special_tokens: Any = None, left_truncate_len: Any = None, **kw: Any
-        ) -> Any:
-            if kw or left_truncate_len or not isinstance(string, str):
-                return super().tok_encode(string, add_special_tokens, left_truncate_len, **kw)
-            if add_special_tokens is None:
-                return list(encoded(string, None, super().tok_encode))
-            return list(encoded(string, add_special_tokens, super().tok_encode))
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kw: Any) -> Any:
-            fitting = []
-            for texts, prefix, continuation in requests:  # windows of a long text have no texts
-                if texts and len(prefix) + len(continuation) > self.max_length + 1:
-                    self.truncated.add(_texts(texts))
-                # lm-eval cuts prefixes from the left, and stops where a continuation alone is too long.
-                fitting.append((texts, prefix, continuation[-self.max_length :]))
-            return super()._loglikelihood_tokens(fitting, *args, **kw)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until([self._fitting(r) for r in requests], disable_tqdm=disable_tqdm)
-
-        def _fitting(self, request: Any) -> Any:
-            """A request that leaves half of what the model reads to the question, if it asks for all and more."""
-            context, settings = request.args
-            room = next((settings[n] for n in _ROOM if settings.get(n) is not None), self.max_gen_toks)
-            if room >= self.max_length:
-                room = self.max_length // 2
-                request = replace(request, arguments=(context, settings | {"max_gen_toks": room}))
-            if len(self.tok_encode(context)) > self.max_length - room:
-                self.truncated.add(_texts(request.args))
-            return request
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-
-    watched = Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-    watched.truncated = set()
-    return watched
-
-
-@lru_cache(maxsize=4)
-def _encoder(tokenizer: Any) -> Any:
-    """Remembers the tokens of what was encoded once."""
-    known: dict[tuple[str, Any], tuple[int, ...]] = {}
-
-    def encoded(string: str, special: Any, encode: Any) -> tuple[int, ...]:
-        if (string, special) not in known:
-            if len(known) > 1 << 17:
-                known.clear()
-            known[string, special] = tuple(encode(string, special))
-        return known[string, special]
-
-    return encoded

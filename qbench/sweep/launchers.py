@@ -17,7 +17,7 @@ from qbench.errors import UsageError, first_line
 from qbench.sweep.beacon import Beacon, beacons
 from qbench.sweep.launch import Launch
 from qbench.sweep.memory import keep_freed_memory
-from qbench.sweep.settings import LauncherSettings
+from qbench.sweep.schema import LauncherSettings
 from qbench.sweep.supervisor import LaunchError, Supervisor, serve_shard, spread
 from qbench.sweep.worker import StoreTrouble, Worker
 from qbench.track.claims import Claims

@@ -11,7 +11,7 @@ from typing import Self
 
 from qbench.errors import UsageError, first_line
 from qbench.sweep.progress import complain
-from qbench.sweep.settings import TrackerSettings
+from qbench.sweep.schema import TrackerSettings
 from qbench.track.claims import Claim, Claims
 from qbench.track.mirror import Marks, MLflowMirror
 from qbench.track.records import Record, RecordStore

@@ -12,7 +12,8 @@ from qbench.errors import Unsuitable, UsageError
 from qbench.job import Job, canonical
 from qbench.sweep.grid import Cell
 from qbench.sweep.launch import Group
-from qbench.sweep.settings import Jobs, Settings, floating_point
+from qbench.sweep.schema import Settings
+from qbench.sweep.settings import Jobs, floating_point
 from qbench.track.records import RecordStore
 
 _SHARED = ("results", "tracker", "launcher", "job", "plan")  # one for a whole sweep

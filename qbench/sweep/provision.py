@@ -22,7 +22,8 @@ from qbench.evaluate.talk import Talk
 from qbench.job import Job
 from qbench.sweep.grid import Grid, expand
 from qbench.sweep.progress import complain
-from qbench.sweep.settings import DataSettings, Jobs
+from qbench.sweep.schema import DataSettings
+from qbench.sweep.settings import Jobs
 from qbench.sweep.shipped import CONF
 from qbench.sweep.steps import choose_custom
 from qbench.sweep.study import unfold

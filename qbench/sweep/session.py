@@ -16,7 +16,7 @@ from qbench.sweep.mirroring import Mirroring
 from qbench.sweep.plan import Plan, make_plan
 from qbench.sweep.preview import print_plan
 from qbench.sweep.progress import Progress, complain
-from qbench.sweep.settings import Settings
+from qbench.sweep.schema import Settings
 from qbench.sweep.supervisor import LaunchError
 from qbench.sweep.worker import interrupt
 from qbench.track.claims import Claims
