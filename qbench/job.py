@@ -70,11 +70,9 @@ class Job:
             "engine": str(ENGINE),
         }
         if self.library.files:
-            parts |= {
-                key: canonical_json(self.identity()[key])
-                for key in ("calib", "evaluation")
-                if parts[key] != "null"
-            }
+            parts["evaluation"] = canonical_json(self._with_files(self.evaluation))
+            if self.calib:
+                parts["calib"] = canonical_json(self._with_files(self.calib))
         text = "{" + ",".join(f'"{key}":{parts[key]}' for key in sorted(parts)) + "}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -93,9 +93,7 @@ class Shared:
 
 
 @lru_cache(maxsize=4)
-def calibration_tokens(
-    model: ModelRef, calib: CalibrationSet, library: Library, device: str = "cpu"
-) -> Tensor:
+def calibration_tokens(model: ModelRef, calib: CalibrationSet, library: Library, device: str) -> Tensor:
     def sampler(n_samples: int, seq_len: int, seed: int) -> Tensor:
         return sampled(model.load().to(device), n_samples, seq_len, seed)
 

@@ -368,3 +368,8 @@ def test_every_command_says_what_it_is_for(qbench, capfd):
     for command in ("tables", "data", "sensitivity", "status"):
         assert qbench(command, "--help") == 0
         assert f"`qbench {command}" in capfd.readouterr().out
+
+
+def test_a_dialogue_asked_for_as_a_task_is_told_its_key(qbench, capfd):
+    assert qbench(*NANO, "eval.tasks=[mt_bench]") == 2
+    assert "eval.dialogue=[mt_bench]" in capfd.readouterr().err

@@ -95,6 +95,9 @@ class EvalPlan:
                     raise ValueError(
                         f"two texts would be called {short(name)!r} in tables; rename the file {name!r}"
                     )
+        for name in self.tasks:
+            if name in BENCHES:
+                raise ValueError(f"{name} is no task but a dialogue: eval.dialogue=[{name}]")
         harness.check_names(self.tasks)
 
     @property

@@ -102,8 +102,6 @@ def check_names(names: tuple[str, ...]) -> None:
     """
     for name in names:
         if name not in _places():
-            if name in ("mt_bench", "vicuna_bench"):
-                raise ValueError(f"{name} is no task but a dialogue: eval.dialogue=[{name}]")
             near = difflib.get_close_matches(name, list(_places()), n=3)
             raise ValueError(
                 f"unknown task {name!r}; "
