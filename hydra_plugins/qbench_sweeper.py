@@ -16,23 +16,21 @@ class QbenchSweeper(Sweeper):
 
     Args:
         arguments: The command's own arguments, which `qbench.sweep.grid.held_back` kept from Hydra.
-        studies: The named studies whose axes are among them, for the cells that they exclude.
     """
 
-    def __init__(self, arguments: list[str], studies: list[str]) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         self._arguments = [str(a) for a in arguments]
-        self._studies = [str(s) for s in studies]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> Any:
-        from qbench.sweep.grid import expand
+        from qbench.sweep.grid import unite
         from qbench.sweep.session import run_cells
-        from qbench.sweep.study import load
+        from qbench.sweep.study import parts
 
         assert self.hydra_context is not None
         assert self.config is not None
-        exclude = [rule for study in self._studies for rule in load(study).exclude]
-        grid = expand([*self._arguments, *arguments], self.hydra_context.config_loader, self.config)
-        sys.exit(run_cells(grid, is_sweep=True, exclude=exclude))  # Hydra hands nobody what a sweep returns
+        asked = parts(["-m", *self._arguments, *arguments])
+        grid = unite(asked, self.hydra_context.config_loader, self.config)
+        sys.exit(run_cells(grid, is_sweep=True))  # Hydra hands nobody what a sweep returns

@@ -74,12 +74,13 @@ def _run() -> int:
     from qbench.sweep.grid import Cell, cell_of, held_back
     from qbench.sweep.shipped import CONF
     from qbench.sweep.steps import choose_custom
-    from qbench.sweep.study import named, unfold
+    from qbench.sweep.study import MULTIRUN, parts
 
-    studies = named(sys.argv[1:])
-    sys.argv[1:] = choose_custom(unfold(sys.argv[1:]))
-    if {"-m", "--multirun"} & set(sys.argv):
-        sys.argv[1:] = held_back(sys.argv[1:], studies)
+    asked = parts(sys.argv[1:])  # a study that there is not is said before Hydra begins
+    if MULTIRUN & set(sys.argv):
+        sys.argv[1:] = held_back(sys.argv[1:])
+    else:
+        sys.argv[1:] = choose_custom(asked[0].arguments)
     # Hydra would print its own report and exit with 1; raise instead, and say it in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     cells: list[Cell] = []

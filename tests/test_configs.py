@@ -12,8 +12,7 @@ from qbench.quant.scheme import Scheme
 from qbench.sweep.compose import plain
 from qbench.sweep.schema import Settings
 from qbench.sweep.settings import Jobs
-from qbench.sweep.shipped import CONF, SWEEPS
-from qbench.sweep.study import unfold
+from qbench.sweep.shipped import CONF
 
 GROUPS = ("algo", "scheme", "model", "calib", "eval", "tracker", "launcher")
 CHOICES = [f"{path.parent.name}={path.stem}" for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
@@ -68,17 +67,6 @@ def test_every_config_begins_with_what_it_is(path):
     assert lines[0].startswith("#")
     if lines[0].startswith("# @package"):
         assert lines[1].startswith("#")
-
-
-@pytest.mark.parametrize("path", sorted(SWEEPS.rglob("*.yaml")), ids=lambda p: p.stem)
-def test_every_study_names_axes_that_exist(path):
-    arguments = unfold(["-m", f"+sweep={path.relative_to(SWEEPS).with_suffix('').as_posix()}"])
-    axes = [a for a in arguments if a != "-m"]
-    assert axes
-    for axis in axes:
-        key, _, values = axis.partition("=")
-        for value in re.split(r",(?![^\[]*\])", values):  # not at the commas of a list
-            settings_of(f"{key}={value}")
 
 
 def test_single_keys_override_the_scheme():

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from qbench.sweep.costs import Costs
-from qbench.sweep.grid import expand
+from qbench.sweep.grid import unite
 from qbench.sweep.plan import group_of, make_plan
-from qbench.sweep.shipped import SWEEPS
-from qbench.sweep.study import load, unfold
+from qbench.sweep.study import Part, parts
 from qbench.track.records import RecordStore
 from tests.test_grid import LOADER, MASTER
 
@@ -19,8 +18,8 @@ SMALL = ["eval=quick", "calib.n_samples=4", "calib.seq_len=64"]
 
 
 def plan_of(folder: Path, *arguments: str, exclude=()):
-    grid = expand([*SMALL, f"results={folder}", *arguments], LOADER, MASTER)
-    return make_plan(grid, is_sweep=True, exclude=exclude)
+    part = Part([*SMALL, f"results={folder}", *arguments], tuple(exclude))
+    return make_plan(unite([part], LOADER, MASTER), is_sweep=True)
 
 
 def record_of(job, status="done", **metrics):
@@ -108,12 +107,8 @@ def test_time_is_estimated_from_recorded_costs_scaled_by_parameters(tmp_path):
 
 
 def test_the_full_sweep_is_five_hundred_jobs_and_more(tmp_path):
-    arguments = [a for a in unfold(["-m", "+sweep=full"]) if a != "-m"]
-    plan = make_plan(
-        expand([*arguments, f"results={tmp_path}"], LOADER, MASTER),
-        is_sweep=True,
-        exclude=load("full").exclude,
-    )
+    asked = parts(["-m", "+sweep=full", f"results={tmp_path}"])
+    plan = make_plan(unite(asked, LOADER, MASTER), is_sweep=True)
     assert len(plan.todo) >= 500
     assert not plan.problems
     labels = [job.labels for job in plan.todo.values()]
@@ -122,13 +117,6 @@ def test_the_full_sweep_is_five_hundred_jobs_and_more(tmp_path):
     assert plan.pruned.keys() == {
         "SmoothQuant needs activation bits", "GPTQ works on weights", "AWQScale works on weights",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("path", sorted(SWEEPS.rglob("*.yaml")), ids=lambda p: p.stem)
-def test_every_study_says_what_it_is_for(path):
-    study = load(path.relative_to(SWEEPS).with_suffix("").as_posix())
-    assert study.axes
-    assert study.tables
 
 
 def test_a_launch_file_gives_the_jobs_that_were_planned(tmp_path):

@@ -5,7 +5,8 @@ the others can run.
 """
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from qbench.errors import UsageError
 from qbench.sweep.compose import Composer, plain
 from qbench.sweep.explain import explain
+from qbench.sweep.steps import choose_custom
+from qbench.sweep.study import MULTIRUN, Part
 
 
 @dataclass(frozen=True)
@@ -26,42 +29,53 @@ class Cell:
 
     Attributes:
         name: What tells this cell from the others: the values of the swept keys.
+        exclude: What its study leaves out: the cell is left out if it meets all of one.
     """
 
     name: str
     config: dict[str, Any] | None = None
     problem: str | None = None
+    exclude: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The cells that a command asks for; iterating composes them, one after another.
+class Product:
+    """The cells of a product of axes.
 
     Attributes:
         axes: The values of each argument, as overrides.
     """
 
     axes: list[list[str]]
+    exclude: tuple[dict[str, Any], ...]
+
+    def __len__(self) -> int:
+        return math.prod(map(len, self.axes))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells that a command asks for, one product after another; iterating composes them."""
+
+    products: list[Product]
     composer: Composer
 
     def __len__(self) -> int:
-        total = 1
-        for values in self.axes:
-            total *= len(values)
-        return total
+        return sum(map(len, self.products))
 
     def __iter__(self) -> Iterator[Cell]:
-        swept = [i for i, values in enumerate(self.axes) if len(values) > 1]
-        for point in itertools.product(*self.axes):
-            name = " ".join([point[i] for i in swept])
-            try:
-                yield Cell(name, self.composer.config(point))
-            except (HydraException, OmegaConfBaseException) as error:
-                yield Cell(name, problem=explain(error))
+        for product in self.products:
+            swept = [i for i, values in enumerate(product.axes) if len(values) > 1]
+            for point in itertools.product(*product.axes):
+                name = " ".join([point[i] for i in swept])
+                try:
+                    yield Cell(name, self.composer.config(point), exclude=product.exclude)
+                except (HydraException, OmegaConfBaseException) as error:
+                    yield Cell(name, problem=explain(error))
 
 
-def held_back(arguments: list[str], studies: list[str]) -> list[str]:
-    """The arguments of a sweep with all that is ours packed into two for the sweeper.
+def held_back(arguments: list[str]) -> list[str]:
+    """The arguments of a sweep with all that is ours packed into one for the sweeper.
 
     Hydra would apply them to one config before it calls the sweeper, where `algo.damp=0.05` beside
     `algo=rtn,gptq` is an error that ends the sweep; here it concerns the cells of one algorithm.
@@ -69,7 +83,7 @@ def held_back(arguments: list[str], studies: list[str]) -> list[str]:
     ours = [a for a in arguments if "=" in a and not a.lstrip("+~").startswith(("-", "hydra"))]
     quoted = ",".join("'" + a.replace("\\", "\\\\").replace("'", "\\'") + "'" for a in ours)
     kept = [a for a in arguments if a not in ours]
-    return [*kept, f"hydra.sweeper.arguments=[{quoted}]", f"hydra.sweeper.studies=[{','.join(studies)}]"]
+    return [*kept, f"hydra.sweeper.arguments=[{quoted}]"]
 
 
 def expand(arguments: list[str], loader: Any, master: DictConfig) -> Grid:
@@ -78,6 +92,20 @@ def expand(arguments: list[str], loader: Any, master: DictConfig) -> Grid:
     Raises:
         UsageError: If the arguments cannot be read, or leave no cell.
     """
+    return unite([Part(arguments)], loader, master)
+
+
+def unite(parts: Iterable[Part], loader: Any, master: DictConfig) -> Grid:
+    """The combinations of each part, one part after another.
+
+    Raises:
+        UsageError: If arguments cannot be read, or leave no cell.
+    """
+    return Grid([_product(part, loader) for part in parts], Composer(loader, master))
+
+
+def _product(part: Part, loader: Any) -> Product:
+    arguments = choose_custom([a for a in part.arguments if a not in MULTIRUN])
     try:
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
     except HydraException as error:
@@ -87,7 +115,7 @@ def expand(arguments: list[str], loader: Any, master: DictConfig) -> Grid:
         raise UsageError(
             "the grid is empty: " + ", ".join(a for a, v in zip(arguments, axes, strict=True) if not v)
         )
-    return Grid(axes, Composer(loader, master))
+    return Product(axes, part.exclude)
 
 
 def _values(override: Override) -> list[str]:

@@ -55,7 +55,7 @@ class Plan:
         return {fingerprint: group_of(job) for fingerprint, job in self.todo.items()}
 
 
-def make_plan(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[str, Any]] = ()) -> Plan:
+def make_plan(cells: Iterable[Cell], *, is_sweep: bool) -> Plan:
     """Build, prune, de-duplicate and check jobs; what is recorded need not be checked again.
 
     A sweep also gets the floating-point model of each of its cells, first, unless `baseline=false`. In a single
@@ -83,7 +83,7 @@ def make_plan(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[s
                 raise UsageError(
                     f"{', '.join(_SHARED[:-1])} are one for a whole sweep; give each a single value"
                 )
-            if rule := _excluded(exclude, job, config):
+            if rule := _excluded(cell.exclude, job, config):
                 raise Unsuitable(rule)
             if job.fingerprint in plan.wanted:
                 plan.duplicates += 1

@@ -20,17 +20,15 @@ from qbench.evaluate.plan import EvalPlan
 from qbench.evaluate.stock import Shots
 from qbench.evaluate.talk import Talk
 from qbench.job import Job
-from qbench.sweep.grid import Grid, expand
+from qbench.sweep.grid import Grid, unite
 from qbench.sweep.progress import complain
 from qbench.sweep.schema import DataSettings
 from qbench.sweep.settings import Jobs
 from qbench.sweep.shipped import CONF
-from qbench.sweep.steps import choose_custom
-from qbench.sweep.study import unfold
+from qbench.sweep.study import MULTIRUN, parts
 from qbench.zoo import stdlib
 
 OK, BAD_INPUT, SOME_LACKING = 0, 2, 3
-_MULTIRUN = ("-m", "--multirun")
 _MADE = "made from this Python's standard library"
 
 
@@ -50,18 +48,21 @@ def command(arguments: list[str]) -> int:
 
 def _grid(arguments: list[str]) -> Grid:
     """The cells that the arguments of a run or a sweep ask for."""
-    ours = choose_custom(unfold(arguments))
-    if unknown := [a for a in ours if a.startswith("-") and a not in _MULTIRUN]:
+    if unknown := [a for a in arguments if a.startswith("-") and a not in MULTIRUN]:
         raise UsageError(f"`qbench data` knows no option {unknown[0]}; it takes -m and key=value")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
-        grid = expand([a for a in ours if a not in _MULTIRUN], loader, master)
-    if len(grid) > 1 and not set(_MULTIRUN) & set(ours):
-        several = next(values for values in grid.axes if len(values) > 1)
+        grid = unite(parts(arguments), loader, master)
+    if len(grid) > 1 and not MULTIRUN & set(arguments):
+        several = next(values for values in _axes(grid) if len(values) > 1)
         raise UsageError(f"{several[0].partition('=')[0]} has {len(several)} values; write -m for a grid")
     return grid
+
+
+def _axes(grid: Grid) -> list[list[str]]:
+    return [axis for product in grid.products for axis in product.axes]
 
 
 def _library(grid: Grid) -> Library:
@@ -74,7 +75,7 @@ def _library(grid: Grid) -> Library:
 def _root(grid: Grid) -> Path:
     if (root := _library(grid).root) is None:
         raise UsageError("data.root is not set; give the folder that data are kept in: data.root=<folder>")
-    if any(len(values) > 1 and values[0].startswith("data.root=") for values in grid.axes):
+    if any(len(values) > 1 and values[0].startswith("data.root=") for values in _axes(grid)):
         raise UsageError("data.root is one for a whole fetch; give it a single value")
     return root
 

@@ -1,9 +1,8 @@
 """From cells to records: plan, run what is left under a launcher, mirror, and say what came of it."""
 
 import signal
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import closing
-from typing import Any
 
 from qbench.errors import UsageError
 from qbench.report.tables import print_summary
@@ -25,13 +24,13 @@ from qbench.track.records import Record
 OK, BAD_INPUT, SOME_FAILED = 0, 2, 3
 
 
-def run_cells(cells: Iterable[Cell], *, is_sweep: bool, exclude: Sequence[dict[str, Any]] = ()) -> int:
+def run_cells(cells: Iterable[Cell], *, is_sweep: bool) -> int:
     """Run what a command asks for and return its exit code.
 
     Raises:
         UsageError: If nothing of it can run, or the results folder cannot be written.
     """
-    plan = make_plan(cells, is_sweep=is_sweep, exclude=exclude)
+    plan = make_plan(cells, is_sweep=is_sweep)
     alike: dict[str, list[str]] = {}
     for name, problem in plan.problems:
         alike.setdefault(problem, []).append(name)
