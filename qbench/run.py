@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +39,7 @@ from qbench.evaluate.plan import EvalPlan
 from qbench.job import Job, tokenizer
 from qbench.models.family import family_of
 from qbench.models.load import ModelRef
+from qbench.models.shape import Shape, shape_of
 
 _KEPT_UP_TO = 2 << 30  # bytes; what is larger is made again for each job rather than kept beside it in memory
 
@@ -121,7 +122,7 @@ def run(job: Job, shared: Shared, reporter: Reporter | None = None) -> Outcome:
     started = datetime.now(UTC)
     torch.manual_seed(0)  # whatever ran before in this process, a job starts from the same state
     try:
-        metrics, quantized, samples = _measure(job, shared, reporter or Reporter())
+        metrics, quantized, samples, shape = _measure(job, shared, reporter or Reporter())
         data = _provenance(job, metrics)
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"not finite: {', '.join(bad)}")
@@ -136,6 +137,7 @@ def run(job: Job, shared: Shared, reporter: Reporter | None = None) -> Outcome:
         "block_reports": quantized.reports if any(quantized.reports) else [],
         "model_report": quantized.report,
         "data": data,
+        "shape": asdict(shape),
         "left_out": dict(job.evaluation.skipped),
     }
     return Outcome(_about(job, started) | result | _finished(), samples)
@@ -178,7 +180,7 @@ def _finished() -> dict[str, Any]:
 
 def _measure(
     job: Job, shared: Shared, reporter: Reporter
-) -> tuple[dict[str, float], Quantized, list[dict[str, Any]]]:
+) -> tuple[dict[str, float], Quantized, list[dict[str, Any]], Shape]:
     metrics: dict[str, float] = {}
     with _phase("load", job, metrics, reporter):
         model = shared.model(job.model)
@@ -208,7 +210,7 @@ def _measure(
     metrics["eval_time_s"] += seconds  # of what this job read, since it was computed before
     if quantized.errors:
         metrics["block_error_mean"] = sum(quantized.errors) / len(quantized.errors)
-    return metrics | result.metrics, quantized, result.samples
+    return metrics | result.metrics, quantized, result.samples, shape_of(model.config)
 
 
 def _evaluator(model: Any, job: Job) -> Evaluator:
