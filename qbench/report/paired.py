@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from scipy import stats
 
 from qbench.report.frame import tidy
+from qbench.report.significance import Draws, differences, holm
 from qbench.report.tables import file_name, print_table, save
 
 Samples = Callable[[str], list[dict[str, Any]]]
@@ -54,14 +54,18 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
             cache[fingerprint] = pd.DataFrame(samples(fingerprint), columns=["metric", "item", "value"])
         return cache[fingerprint]
 
-    rows = []
+    rows, pairs = [], []
     for record in done:
         other = _baseline(record, base, settings)
         if other is None or record["labels"]["algo"] == "fp":
             continue
         both = windows(record["fingerprint"]).merge(windows(other["fingerprint"]), on=["metric", "item"])
         for metric, items in both[both["metric"].str.startswith("ppl/")].groupby("metric"):
-            delta = (items["value_x"] - items["value_y"]).to_numpy()
+            names = tuple(items["item"].astype(str))
+            one, two = (
+                Draws(names, items[[side]].to_numpy().T, loss=True) for side in ("value_x", "value_y")
+            )
+            pairs.append((one, two))
             labels = record["labels"]
             rows.append({
                 "model": labels["model"], "scheme": labels["scheme"], "algo": labels["algo"],
@@ -70,11 +74,13 @@ def compare(records: Sequence[dict[str, Any]], samples: Samples, against: str) -
                 "against": against, "baseline": other["metrics"][metric],
                 "baseline_scheme": other["labels"]["scheme"],
                 "baseline_bits": other["metrics"]["bits_per_weight"],
-                "change": float(np.expm1(delta.mean())), "n": len(delta), "p": _paired(delta),
             })  # fmt: skip
     if not rows:
         raise ValueError(f"no job shares model, scheme and evaluation with one of algo={against}")
+    found = differences(pairs)
     frame = pd.DataFrame(rows)
+    frame["change"] = np.expm1([d.effect for d in found])
+    frame["n"], frame["p"] = [d.n for d in found], [d.p for d in found]
     frame["p"] = frame.groupby("metric")["p"].transform(holm)
     return frame
 
@@ -109,18 +115,6 @@ def _meets(record: dict[str, Any], plain: bool = False) -> tuple[str, ...]:
     model, scheme, evaluation = (str(record["identity"][key]) for key in ("model", "scheme", "evaluation"))
     whole, bracket, overrides = scheme.partition("-[")
     return model, whole.partition("-")[0] + bracket + overrides if plain else scheme, evaluation
-
-
-def _paired(delta: np.ndarray) -> float:
-    """P-value of the differences' mean; 1 where there are none."""
-    return 1.0 if not delta.any() else float(stats.ttest_1samp(delta, 0.0).pvalue)
-
-
-def holm(p: "pd.Series[float]") -> "pd.Series[float]":
-    """Holm's step-down correction: none is smaller than the ones before it, and none above 1."""
-    ordered = p.sort_values()
-    factors = np.arange(len(p), 0, -1)
-    return pd.Series(np.maximum.accumulate(ordered * factors), ordered.index).clip(upper=1)[p.index]
 
 
 def table(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
