@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from qbench.errors import UsageError
 from qbench.report.spec import FigureSpec, TableSpec
@@ -83,13 +84,15 @@ def parts(arguments: list[str]) -> list[Part]:
     scale: Scale = "paper" if "paper" in scales[-1:] else "embedded"
     written = {a.lstrip("+").partition("=")[0] for a in own}
     found = []
-    for study in (study for name in names for study in studies(name)):
-        if not study.grids[scale]:
-            there = ", ".join(known for known, grids in study.grids.items() if grids)
-            raise UsageError(f"{study.name} has no scale={scale}; there is {there}")
-        for axes in study.grids[scale]:
-            theirs = [f"{key}={value}" for key, value in axes.items() if key.lstrip("+") not in written]
-            found.append(Part(own + theirs, study.exclude))
+    for name in names:
+        those = studies(name)
+        if not any(study.grids[scale] for study in those):
+            there = ", ".join(known for known, grids in those[0].grids.items() if grids)
+            raise UsageError(f"{name} has no scale={scale}; there is {there}")
+        for study in those:
+            for axes in study.grids[scale]:
+                theirs = [f"{key}={value}" for key, value in axes.items() if key.lstrip("+") not in written]
+                found.append(Part(own + theirs, study.exclude))
     return found
 
 
@@ -116,7 +119,10 @@ def names() -> list[str]:
 
 def _read(path: Path) -> Study:
     name = path.relative_to(SWEEPS).with_suffix("").as_posix()
-    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not {"title", "axes", "tables"} <= content.keys() <= _KEYS:
         raise UsageError(f"{path} says {list(content)}; a study has title, axes and tables, may have {_KEYS}")
     embedded, paper = (list(_grids(content.get(key))) for key in ("axes", "paper"))
@@ -146,7 +152,9 @@ def _over(embedded: list[Axes], paper: list[Axes]) -> Iterator[Axes]:
         ValueError: If there are several of both, in unequal numbers.
     """
     if len(paper) > 1 and len(paper) != len(embedded):
-        raise ValueError(f"{len(embedded)} grids and {len(paper)} of the paper; write one of the paper, or as many")
+        raise ValueError(
+            f"{len(embedded)} grids and {len(paper)} of the paper; write one of the paper, or as many"
+        )
     for own, over in zip_longest(embedded, paper, fillvalue=paper[0] if paper else None):
         if over is not None and own is not None:
             yield {key: value for key, value in (own | over).items() if value != "null"}

@@ -11,9 +11,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from qbench.cli import reports
 from qbench.errors import UsageError
+from qbench.sweep.composed import config_of
 
 BAD_INPUT = 2
 
@@ -100,85 +101,9 @@ def _run() -> int:
     return run_cells(cells, is_sweep=False)
 
 
-def _config(arguments: list[str]) -> dict[str, Any]:
-    """The config that `key=value` arguments make over the defaults of `conf/config.yaml`, as plain values."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from qbench.sweep.compose import plain
-    from qbench.sweep.explain import explain
-    from qbench.sweep.shipped import CONF
-
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", overrides=arguments, return_hydra_config=True)
-            return plain(config, config.hydra.runtime.choices["algo"])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(explain(error)) from error
-
-
-_VIEWS = ("against", "matrix", "by")
-
-
-def _tables(arguments: list[str]) -> int:
-    """`qbench tables [results=…] [against=<algo> | matrix=calib | by=part]`: all records, paired differences, calibration
-    sets by evaluation texts, or metrics by parts of their tasks; shown and written.
-    """
-    views = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in _VIEWS and "=" in a)
-    results = Path(_config([a for a in arguments if a.partition("=")[0] not in _VIEWS])["results"])
-    if len(views) > 1:
-        raise UsageError(f"one of {', '.join(f'{view}=' for view in views)} at a time")
-    from rich.console import Console
-
-    from qbench.report.frame import tidy
-    from qbench.report.tables import show, write
-    from qbench.track.records import RecordStore
-
-    store = RecordStore(results)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    if views:
-        paths = _view(store, *next(iter(views.items())), results / "tables", console)
-    else:
-        frame = tidy(store.all())
-        if frame.empty:
-            raise UsageError(
-                f"no records under '{results / 'records'}'; run e.g. `qbench -m algo=rtn,gptq wbits=4,3`"
-            )
-        show(frame, console)
-        paths = write(frame, results / "tables")
-    console.print(f"\n{len(paths)} files in {results / 'tables'} (CSV, Markdown, LaTeX)", highlight=False)
-    return 0
-
-
-def _view(store: Any, view: str, value: str, folder: Path, console: Any) -> list[Path]:
-    """One of the tables that are made of samples, shown and written."""
-    from qbench.report import matrix, paired, parts
-
-    records = list(store.all())
-    try:
-        if view == "against":
-            frame = paired.compare(records, store.samples, value)
-            paired.show(frame, value, console)
-            return paired.write(frame, value, folder)
-        if (view, value) == ("matrix", "calib"):
-            frame = matrix.compare(matrix.losses(records, store.samples))
-            matrix.show(frame, console)
-            return matrix.write(frame, folder)
-        if (view, value) == ("by", "part"):
-            frame = parts.by_part(records, store.samples)
-            parts.show(frame, console)
-            return parts.write(frame, folder)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    raise UsageError(f"{view}={value} is no table; there are against=<algo>, matrix=calib and by=part")
-
-
 def _sync(arguments: list[str]) -> int:
     """`qbench sync [results=…] [tracker.uri=…]`: mirror records that MLflow does not hold yet."""
-    config = _config(arguments)
+    config = config_of(arguments)
     from qbench.sweep.mirroring import sync
     from qbench.sweep.schema import TrackerSettings
 
@@ -189,7 +114,7 @@ def _sync(arguments: list[str]) -> int:
 
 def _status(arguments: list[str]) -> int:
     """`qbench status [results=…]`: the sweeps of a results folder, and what their workers do; from anywhere."""
-    results = Path(_config(arguments)["results"])
+    results = Path(config_of(arguments)["results"])
     from qbench.sweep.status import print_status
 
     print_status(results)
@@ -199,7 +124,7 @@ def _status(arguments: list[str]) -> int:
 def _retry(arguments: list[str]) -> int:
     """`qbench retry [results=…] [smaller_batches=true] [launcher=…]`: run failed jobs again."""
     smaller = "smaller_batches=true" in arguments
-    config = _config([a for a in arguments if not a.startswith("smaller_batches=")])
+    config = config_of([a for a in arguments if not a.startswith("smaller_batches=")])
     from qbench.sweep.retry import retry
 
     return retry(config, smaller_batches=smaller)
@@ -211,7 +136,7 @@ def _sensitivity(arguments: list[str]) -> int:
     from qbench.sweep.steps import choose_custom
 
     request = read(arguments)
-    config = _config(choose_custom([*request.arguments]))
+    config = config_of(choose_custom([*request.arguments]))
     if request.verb == "stats":
         from qbench.sweep.sensitivity import statistics
 
@@ -220,7 +145,7 @@ def _sensitivity(arguments: list[str]) -> int:
     from qbench.sweep.sensitivity import measure
     from qbench.sweep.solve import solve
 
-    found = Measurements.of(_config(choose_custom(request.measured)), request)
+    found = Measurements.of(config_of(choose_custom(request.measured)), request)
     return solve(found, config) if request.verb == "solve" else measure(found)
 
 
@@ -229,6 +154,20 @@ def _data(arguments: list[str]) -> int:
     from qbench.sweep.provision import command
 
     return command(arguments)
+
+
+def _recommend(arguments: list[str]) -> int:
+    """`qbench recommend model=… [max_bytes=3GB | max_bits=4.5] [max_ppl_increase=2%] [max_latency=8ms hardware=h100 batch=1
+    context=2048] [prefer=quality | size | speed] [algo=…] [scheme=…] [search=true]`: the recipe that meets the limits.
+
+    Chosen among the recipes that are recorded for the model, with how sure the choice is, the runner-up, why the others
+    lost, and the command that quantizes with it. Without records, or with `search=true`, candidates are run first: the
+    study `recommend`, or those of `algo=` and `scheme=`, in rounds on more and more windows. Exit code 3: nothing meets
+    the limits; the nearest is shown, and the limit that stands in the way.
+    """
+    from qbench.sweep.recommend import recommend
+
+    return recommend(arguments)
 
 
 def _worker(arguments: list[str]) -> int:
@@ -248,6 +187,6 @@ def _worker(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "tables": _tables, "sync": _sync, "status": _status, "retry": _retry, "sensitivity": _sensitivity,
-    "worker": _worker, "data": _data,
+    **reports.COMMANDS, "sync": _sync, "status": _status, "retry": _retry, "sensitivity": _sensitivity,
+    "worker": _worker, "data": _data, "recommend": _recommend,
 }  # fmt: skip
