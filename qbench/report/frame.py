@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from qbench.track.records import flatten
@@ -20,30 +21,40 @@ def tidy(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     row, without a metric.
     """
     records = list(records)
-    settings = differences(records)
-    protocols: dict[str, set[str]] = {}
-    for record in records:
-        for name in record["metrics"]:
-            protocols.setdefault(name, set()).add(protocol(record, name))
-    rows = []
-    for record in records:
-        common = {
-            "fingerprint": record["fingerprint"],
-            "status": record["status"],
-            "reason": record.get("reason"),
-        }
-        common |= {label: record["labels"].get(label) for label in LABELS}
-        common |= {"setting": settings[record["fingerprint"]]}
-        metrics = record["metrics"]
+    settings, ways = differences(records), _ways(records)
+    taken: dict[str, set[str]] = {}
+    for way in ways:
+        for name, how in way.items():
+            taken.setdefault(name, set()).add(how)
+    several = {name for name, hows in taken.items() if len(hows) > 1}
+    jobs, rows, counts = list[list[Any]](), list[tuple[Any, ...]](), list[int]()
+    for record, way in zip(records, ways, strict=True):
+        labels, metrics = record["labels"], record["metrics"]
+        common = [record["fingerprint"], record["status"], record.get("reason")]
+        jobs.append([*common, *map(labels.get, LABELS), settings[record["fingerprint"]]])
         named = [name for name in metrics if not name.endswith("_stderr")]
-        for name in named:
-            shown = name + (f" {protocol(record, name)}" if len(protocols[name]) > 1 else "")
-            value, stderr = metrics[name], metrics.get(f"{name}_stderr")
-            rows.append(common | {"metric": shown.strip(), "value": value, "stderr": stderr})
-        if not named:
-            rows.append(common | {"metric": None, "value": None, "stderr": None})
-    columns = ["fingerprint", "status", "reason", *LABELS, "setting", "metric", "value", "stderr"]
-    return pd.DataFrame(rows, columns=columns)
+        shown = [f"{name} {way[name]}".strip() if name in several else name for name in named]
+        errors = [metrics.get(f"{name}_stderr") for name in named]
+        rows += zip(shown, map(metrics.get, named), errors, strict=True) if named else [(None, None, None)]
+        counts.append(len(named) or 1)
+    columns = ["fingerprint", "status", "reason", *LABELS, "setting"]
+    # Jobs are described once and repeated: a dict for each row takes longer than all else.
+    described = pd.DataFrame(jobs, columns=columns).iloc[np.repeat(np.arange(len(jobs)), counts)]
+    numbers = pd.DataFrame(rows, columns=["metric", "value", "stderr"])
+    return pd.concat([described.reset_index(drop=True), numbers], axis=1)
+
+
+def _ways(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """How the metrics of each record were taken; records that were evaluated alike share a dict."""
+    known: dict[str, dict[str, str]] = {}
+    found = []
+    for record in records:
+        way = known.setdefault(repr(record["identity"].get("evaluation")), {})
+        for metric in record["metrics"]:
+            if metric not in way and not metric.endswith("_stderr"):
+                way[metric] = protocol(record, metric)
+        found.append(way)
+    return found
 
 
 def protocol(record: dict[str, Any], metric: str) -> str:
@@ -83,20 +94,32 @@ def differences(records: list[dict[str, Any]], ignored: tuple[str, ...] = ()) ->
     Args:
         ignored: Beginnings of keys of the identity that are not looked at.
     """
-    alike: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
         labels = record["labels"]
         key = tuple(str(labels[name]) for name in ("model", "algo", "scheme"))
-        flat = flatten(record["identity"])
-        flat = {k: v for k, v in flat.items() if not k.startswith((*_ALREADY_SHOWN, *ignored))}
-        flat["python"] = record["environment"]["versions"]["python"]  # embedded text changes with it
-        alike.setdefault(key, {})[record["fingerprint"]] = flat
+        alike.setdefault(key, []).append(record)
     found: dict[str, str] = {}
     for group in alike.values():
-        keys = dict.fromkeys(key for flat in group.values() for key in flat)
-        differing = [key for key in keys if len({str(flat.get(key, "-")) for flat in group.values()}) > 1]
-        for fingerprint, flat in group.items():
+        flats = _unlike(group, (*_ALREADY_SHOWN, *ignored))
+        keys = dict.fromkeys(key for flat in flats.values() for key in flat)
+        differing = [key for key in keys if len({str(flat.get(key, "-")) for flat in flats.values()}) > 1]
+        for fingerprint, flat in flats.items():
             found[fingerprint] = ", ".join(f"{_short(key)}={flat.get(key, '-')}" for key in differing)
+    return found
+
+
+def _unlike(group: list[dict[str, Any]], ignored: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """By fingerprint: the leaves of those branches of the identity that are not the same in all records, and the Python."""
+    # Most branches are the same in all of a group, and flattening them takes longer than all else.
+    branches = dict.fromkeys(name for record in group for name in record["identity"])
+    unlike = [b for b in branches if len({repr(record["identity"].get(b, ...)) for record in group}) > 1]
+    found = {}
+    for record in group:
+        flat = flatten({name: record["identity"][name] for name in unlike if name in record["identity"]})
+        flat = {key: value for key, value in flat.items() if not key.startswith(ignored)}
+        flat["python"] = record["environment"]["versions"]["python"]  # embedded text changes with it
+        found[record["fingerprint"]] = flat
     return found
 
 

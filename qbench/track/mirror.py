@@ -35,7 +35,7 @@ class Marks:
     def folder(self) -> Path:
         # A local database is known by its place relative to the results: however its path is spelled, and
         # wherever both are moved to, it is the same tracker.
-        path = _database(self.uri)
+        path = database_of(self.uri)
         where = os.path.relpath(path, self.store.root.resolve()) if path else self.uri.rstrip("/")
         tracker = hashlib.sha256(f"{where} {self.experiment}".encode()).hexdigest()[:12]
         return self.store.root / "mirrored" / tracker
@@ -81,20 +81,10 @@ class MLflowMirror:
     """
 
     def __init__(self, uri: str, experiment: str, store: RecordStore) -> None:
-        # A sweep may run where the network hangs instead of refusing: no telemetry, and no minutes of retrying.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        # A server would be asked for each run once more, to print its address.
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        from mlflow.tracking import MlflowClient
-
-        # MLflow keeps connections by URI, whatever the working folder is by then: the full path.
-        database = _database(uri)
-        self._client = MlflowClient(tracking_uri=f"sqlite:///{database}" if database else uri)
+        self._client = connect(uri)
         self._store, self.marks = store, Marks(store, uri, experiment)
         # Only a local database needs to be told where artefacts go; a server has its own place.
-        local = (store.root / "mlflow-artifacts").resolve().as_uri() if database else None
+        local = (store.root / "mlflow-artifacts").resolve().as_uri() if database_of(uri) else None
         found = self._client.get_experiment_by_name(experiment) or self._client.get_experiment(
             self._client.create_experiment(experiment, artifact_location=local)
         )
@@ -230,19 +220,45 @@ class MLflowMirror:
             self._client.log_inputs(run_id, datasets=inputs)
 
     def _copy_files(self, run: Any, folder: Path) -> None:
-        where = urlsplit(run.info.artifact_uri)
-        if where.scheme == "file" and not where.netloc:
+        if local := local_folder(run.info.artifact_uri):
             # What log_artifacts does, without asking for the run again (a seventh of the time). Not a hard link:
             # log_artifacts overwrites files in place, and the record must not change with them.
-            shutil.copytree(folder, url2pathname(where.path), dirs_exist_ok=True)
+            shutil.copytree(folder, local, dirs_exist_ok=True)
         else:
             self._client.log_artifacts(run.info.run_id, str(folder))
 
 
-def _database(uri: str) -> Path | None:
+def connect(uri: str) -> Any:
+    """MLflow's client of a tracking server or database.
+
+    Raises:
+        ModuleNotFoundError: If MLflow is not installed.
+    """
+    # A sweep may run where the network hangs instead of refusing: no telemetry, and no minutes of retrying.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    # A server would be asked for each run once more, to print its address.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each of many runs
+    from mlflow.tracking import MlflowClient
+
+    # MLflow keeps connections by URI, whatever the working folder is by then: the full path.
+    database = database_of(uri)
+    return MlflowClient(tracking_uri=f"sqlite:///{database}" if database else uri)
+
+
+def database_of(uri: str) -> Path | None:
     """The file of a local database."""
     prefix = "sqlite:///"
     return Path(uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
+
+
+def local_folder(artifact_uri: str) -> Path | None:
+    """Where a run's artefacts lie on this machine; `None` if they are elsewhere."""
+    where = urlsplit(artifact_uri)
+    path = Path(url2pathname(where.path))
+    return path if where.scheme in ("", "file") and not where.netloc and path.is_absolute() else None
 
 
 def _milliseconds(iso: str) -> int:

@@ -15,10 +15,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Record = dict[str, Any]
 
@@ -61,6 +64,11 @@ class RecordStore:
                 f"{_LEAST_FREE / 1e6:.0f} are needed; free some, or set results="
             )
 
+    @property
+    def where(self) -> str:
+        """The folder of the records, for messages."""
+        return str(self.records)
+
     def path(self, fingerprint: str) -> Path:
         return self.records / fingerprint
 
@@ -70,10 +78,19 @@ class RecordStore:
 
     def samples(self, fingerprint: str) -> list[dict[str, Any]]:
         """The values behind a record's metrics: `metric`, `item`, `value`."""
-        import pyarrow.parquet as pq
+        return read_samples(self.path(fingerprint))
 
-        path = self.path(fingerprint) / "samples.parquet"
-        return pq.read_table(path).to_pylist() if path.is_file() else []
+    def sample_table(self, fingerprints: Sequence[str]) -> "pyarrow.Table":
+        """The samples of many records, in this order: fingerprint, metric, item, value, part (null where there is none)."""
+        return sample_table([(fingerprint, self.path(fingerprint)) for fingerprint in fingerprints])
+
+    def folder(self, fingerprint: str) -> Path:
+        """Where the files of a record lie."""
+        return self.path(fingerprint)
+
+    def link(self, fingerprint: str) -> str | None:
+        """Where a browser shows the run: a folder alone has no such place."""
+        return None
 
     def is_done(self, fingerprint: str) -> bool:
         record = self.read(fingerprint)
@@ -89,9 +106,7 @@ class RecordStore:
     def all(self) -> Iterator[Record]:
         """Every record, in the order in which jobs began."""
         paths = self.records.glob("[!.]*/record.json")
-        return iter(
-            sorted((json.loads(p.read_text()) for p in paths), key=lambda r: (r["started"], r["fingerprint"]))
-        )
+        return iter(in_order(json.loads(path.read_text()) for path in paths))
 
     def write(self, record: Record, samples: list[dict[str, Any]]) -> Path:
         """Keep a record; it takes the place of an earlier one of the same job."""
@@ -155,6 +170,44 @@ class RecordStore:
                 os.link(draft, path)  # unlike a rename, this keeps the id of whoever came first
             draft.unlink()
         return path.read_text()
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """By the time at which jobs began."""
+    return sorted(records, key=lambda record: (record["started"], record["fingerprint"]))
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The samples of the record in `folder`; empty where it has none."""
+    import pyarrow.parquet as pq
+
+    path = folder / "samples.parquet"
+    return pq.read_table(path).to_pylist() if path.is_file() else []
+
+
+def sample_table(folders: Sequence[tuple[str, Path]]) -> "pyarrow.Table":
+    """The samples of the records in these folders, by fingerprint: see `RecordStore.sample_table`."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [("metric", pa.string()), ("item", pa.int64()), ("value", pa.float64()), ("part", pa.string())]
+    )
+    tables = [schema.empty_table()]
+    counts = []
+    for _, folder in folders:
+        try:
+            # Files are small: a scanner's or a thread's work for each costs more than it saves.
+            tables.append(
+                pq.ParquetFile(folder / "samples.parquet", pre_buffer=False).read(use_threads=False)
+            )
+        except FileNotFoundError:
+            tables.append(schema.empty_table())
+        counts.append(len(tables[-1]))
+    rows = pa.concat_tables(tables, promote_options="permissive").select(schema.names).cast(schema)
+    names = pa.array([fingerprint for fingerprint, _ in folders], pa.string())
+    return rows.add_column(0, "fingerprint", names.take(pa.array(np.repeat(np.arange(len(folders)), counts))))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
