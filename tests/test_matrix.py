@@ -59,6 +59,14 @@ def test_a_set_that_beats_a_texts_own_is_said():
     assert matrix.table(frame).set_index("calib")["a"]["a"].endswith("*)")
 
 
+def test_p_is_corrected_for_all_pairs_of_sets_since_the_best_is_chosen_by_the_same_numbers():
+    two = found({"a": {"t": 0.0}, "b": {"t": 0.01}})["p"].dropna().item()
+    three = found({"a": {"t": 0.0}, "b": {"t": 0.01}, "c": {"t": 0.5}})  # with the same a and b
+    assert 0 < two < 0.5
+    # Holm: of three pairs c against the best comes first, b second, and b against c is taken not to reject.
+    assert three.set_index("calib").loc["b", "p"] == pytest.approx(2 * two)
+
+
 def test_the_luck_of_the_draw_is_no_difference():
     """Five draws with much luck: windows agree on the difference, draws do not."""
     rng = np.random.default_rng(0)

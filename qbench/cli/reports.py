@@ -22,12 +22,14 @@ class _Asked:
         words: What has no `=`: studies, fingerprints.
         results: Where files are written, and where records are unless `from=` says otherwise.
         source: Of records.
+        tracker: The config's section on MLflow.
     """
 
     words: list[str]
     views: dict[str, str]
     results: Path
     source: Any
+    tracker: dict[str, Any]
 
     def records(self) -> list[dict[str, Any]]:
         """All of them.
@@ -59,7 +61,7 @@ def _asked(arguments: list[str], views: tuple[str, ...] = ()) -> _Asked:
         source = source_of(results, uri, config["tracker"].get("experiment") or "qbench")
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return _Asked(words, keys, results, source)
+    return _Asked(words, keys, results, source, config["tracker"])
 
 
 def console() -> Any:
@@ -214,10 +216,25 @@ def report(arguments: list[str]) -> int:
     command = shlex.join(["qbench", "report", *arguments])
     chapters = [*_chapters([]), *(_chapters(asked.words) if asked.words else [])]
     records = asked.records()
-    content = page(chapters, records, asked.source, folder=target.resolve().parent, command=command)
+    content = page(
+        chapters, records, asked.source, folder=target.resolve().parent, command=command, link=_links(asked)
+    )
     write(content, target)
     _say(out, f"{target}  {len(records)} records, {target.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def _links(asked: _Asked) -> Callable[[str], str | None]:
+    """Where a browser shows the MLflow run of a fingerprint."""
+    from qbench.track.mirror import Marks
+    from qbench.track.records import RecordStore
+    from qbench.track.source import link_to_copy
+
+    uri = asked.tracker.get("uri")
+    if not isinstance(asked.source, RecordStore) or not uri:
+        return lambda fingerprint: asked.source.link(fingerprint)
+    marks = Marks(asked.source, uri, asked.tracker["experiment"])
+    return lambda fingerprint: link_to_copy(marks, fingerprint)
 
 
 def studies(arguments: list[str]) -> int:

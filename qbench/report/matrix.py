@@ -3,7 +3,7 @@
 Two things are drawn at random: the calibration samples (by the seed) and the windows that are evaluated. A difference
 counts only where it is sure on both grounds: between the draws of two sets (Welch's t-test of their perplexities on these
 windows) and between windows (a paired t-test of the means over draws). The larger of the two p-values is that of
-claiming both (an intersection-union test; Berger 1982); with a single draw there is the second test alone.
+claiming both (an intersection-union test; Berger 1982); with a single draw of each there is the second test alone.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from scipy import stats
 
+from qbench.report import significance
 from qbench.report.frame import differences, protocol
-from qbench.report.paired import Samples, holm
+from qbench.report.paired import Samples
+from qbench.report.significance import Draws, holm
 from qbench.report.tables import print_table, save
 
 _SURE = 0.05
@@ -67,47 +68,43 @@ def compare(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row for each model, algorithm, scheme, text and set: value (perplexity), draws, change (from the best set's,
-        relative) and p of it, own_change (of the text's own set against this one, relative) and own_p; p-values are
-        corrected by Holm's method within a model, algorithm and scheme.
+        relative) and p of it, own_change (of the text's own set against this one, relative) and own_p. P-values are
+        corrected by Holm's method within a model, algorithm and scheme: p as one of all pairs of sets, since the best is
+        chosen by the numbers that it is tested on (docs/statistics.md), own_p of those with the own set.
     """
-    rows = []
+    rows, tests = [], []
     for key, group in frame.groupby([*_GROUP, "text"], sort=False):
         nll: dict[Any, float] = group.groupby("calib", sort=False)["value"].mean().to_dict()
+        sets = {calib: _draws(mine) for calib, mine in group.groupby("calib", sort=False)}
         least = min(nll, key=lambda calib: nll[calib])
-        own = group[group["own"]]
-        best = group[group["calib"] == least]
-        for calib, mine in group.groupby("calib", sort=False):
+        own = next(iter(group.loc[group["own"], "calib"]), None)
+        for calib, mine in sets.items():
             row = dict(zip([*_GROUP, "text"], key, strict=True))
-            row |= {"calib": calib, "value": float(np.exp(nll[calib])), "draws": mine["seed"].nunique()}
-            row |= {"change": float(np.expm1(nll[calib] - nll[least])), "p": _p(mine, best)}
-            if len(own) and not mine["own"].any():
-                change = nll[own["calib"].iloc[0]] - nll[calib]
-                row |= {"own_change": float(np.expm1(change)), "own_p": _p(own, mine)}
+            row |= {"calib": calib, "value": float(np.exp(nll[calib])), "draws": len(mine.values)}
+            row |= {"change": float(np.expm1(nll[calib] - nll[least]))}
+            if calib != least:
+                tests.append((row, "p", (mine, sets[least])))
+            if own not in (None, calib):
+                row["own_change"] = float(np.expm1(nll[own] - nll[calib]))
+                tests.append((row, "own_p", (sets[own], mine)))
             rows.append(row)
+    results = significance.differences([pair for *_, pair in tests])
+    for (row, name, _), result in zip(tests, results, strict=True):
+        row[name] = result.p
     found = pd.DataFrame(rows).reindex(columns=[*_COLUMNS])
-    for p in ("p", "own_p"):
-        found[p] = found.groupby(_GROUP)[p].transform(
-            lambda values: holm(values.dropna()).reindex(values.index)
-        )
+    for _, part in found.groupby(_GROUP, sort=False):
+        pairs = sum(n * (n - 1) // 2 for n in part["text"].value_counts())
+        found.loc[part.index, "p"] = holm(part["p"], pairs)
+        found.loc[part.index, "own_p"] = holm(part["own_p"])
     return found
 
 
 _COLUMNS = (*_GROUP, "text", "calib", "value", "draws", "change", "p", "own_change", "own_p")
 
 
-def _p(one: pd.DataFrame, other: pd.DataFrame) -> float:
-    """How likely it is that two sets only seem to differ; NaN for a set and itself."""
-    if one["calib"].iloc[0] == other["calib"].iloc[0]:
-        return float("nan")
-    delta = one.groupby("item")["value"].mean() - other.groupby("item")["value"].mean()
-    assert not delta.isna().any(), "jobs of one protocol have the same windows"
-    if not delta.any():
-        return 1.0
-    across_windows = float(stats.ttest_1samp(delta, 0.0).pvalue)
-    draws = [side.groupby("seed")["value"].mean() for side in (one, other)]
-    if min(map(len, draws)) < 2:
-        return across_windows
-    return max(across_windows, float(stats.ttest_ind(*draws, equal_var=False).pvalue))
+def _draws(part: pd.DataFrame) -> Draws:
+    means = part.groupby(["seed", "item"], dropna=False)["value"].mean()
+    return Draws.of(means.rename_axis(index={"seed": "draw"}).reset_index())
 
 
 def table(found: pd.DataFrame) -> pd.DataFrame:

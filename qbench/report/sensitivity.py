@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from qbench.report.figures.curves import layer_sensitivity
+from qbench.report.figures.style import save
 from qbench.report.tables import number, print_table
 from qbench.statistics import TensorStatistics
 
@@ -77,6 +79,12 @@ def write_effects(effects: Iterable[Effect], path: Path) -> None:
     frame.insert(4, "bits_per_weight", frame["size"] / frame["n_weights"])
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.drop(columns="size").sort_values("kl", ascending=False).to_csv(path, index=False)
+
+
+def draw_effects(effects: Iterable[Effect], stem: Path) -> list[Path]:
+    """The same as a figure: SVG, PDF and PNG."""
+    frame = pd.DataFrame([asdict(e) for e in effects], columns=[f.name for f in fields(Effect)])
+    return save(layer_sensitivity(frame, width=6.5), stem)
 
 
 def print_effects(effects: Sequence[Effect], title: str, console: Console) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
 TableKind = Literal["results", "retention", "wins", "spearman", "pearson", "variance", "parts", "matrix"]
-FigureKind = Literal["pareto", "storage", "radar", "matrix", "curves", "wins", "spearman", "sensitivity"]
+FigureKind = Literal["pareto", "storage", "radar", "matrix", "curves", "wins", "spearman"]
 Where = Mapping[str, tuple[str, ...]]
 
 
@@ -75,7 +75,7 @@ class FigureSpec(_FromYaml):
     Attributes:
         kind: `pareto`: a metric against a cost. `storage`: models of several sizes at several bits. `radar`: retention.
             `matrix`: calibration sets by evaluation texts. `curves`: a metric against bits. `wins`, `spearman`: those
-            tables. `sensitivity`: units of a model.
+            tables.
         x: The cost that a front is drawn against, a metric (`model_mb`, `calib_time_s`) or `<phase>_ms@<device>`, which is
             the roofline's (`decode_ms@h100`).
         metrics, where, factor: As of a table. A figure is drawn for each metric.

@@ -260,7 +260,10 @@ def print_summary(
         ", ".join(counts),
         f"records   {results / 'records'}",
         f"tables    qbench tables results={results}",
+        f"report    qbench report results={results}",
     ]
+    if len({r["labels"]["algo"] for r in records if r["status"] == "done"} - {"fp"}) > 1:
+        lines.append(f"decide    qbench recommend results={results} max_ppl_increase=2%")
     lines[1:1] = _warnings(records)
     if failed:
         lines.append(f"failed    qbench retry results={results}")

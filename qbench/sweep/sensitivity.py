@@ -10,7 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from qbench.errors import UsageError
-from qbench.report.sensitivity import print_effects, print_statistics, write_effects, write_statistics
+from qbench.report.sensitivity import (
+    draw_effects,
+    print_effects,
+    print_statistics,
+    write_effects,
+    write_statistics,
+)
 from qbench.run import calibration_tokens
 from qbench.statistics import tensor_statistics
 from qbench.sweep.measurements import Measurements
@@ -35,9 +41,11 @@ def report(found: Measurements, failed: Sequence[Record]) -> None:
     if effects:
         print_effects(effects, f"{name}, {how}", console)
         parts = ("sensitivity", *name.split(), *found.setting(), request.mode, *request.by.split(","))
-        path = Path(found.base["results"]).parent / "tables" / f"{'-'.join(parts)}.csv"
+        results, stem = Path(found.base["results"]).parent, "-".join(parts)
+        path = results / "tables" / f"{stem}.csv"
         write_effects(effects, path)
-        say(console, f"table     {path}", f"records   {found.store.records}")
+        drawn = draw_effects(effects, results / "figures" / stem)
+        say(console, f"table     {path}", f"figure    {drawn[0]}", f"records   {found.store.records}")
     for record in failed:
         say(console, f"failed    {record['labels']['scheme']}: {record['reason']}")
 
