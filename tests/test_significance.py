@@ -7,13 +7,12 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from qbench.report import metrics
+from qbench.report.power import detectable, detectable_rate, table_detectable
 from qbench.report.resampling import interval
 from qbench.report.significance import (
     Draws,
-    detectable,
     differences,
     holm,
-    table_detectable,
     table_ties,
     ties,
 )
@@ -192,6 +191,20 @@ def test_a_table_counts_all_pairs_of_all_its_columns():
     least = min(s.difference.p for s in found if s.difference)
     assert min(s.p for s in found if s.difference) == pytest.approx(min(1, 12 * least))
     assert sum(s.best for s in found) == 2
+
+
+@pytest.mark.parametrize(("n", "differ", "alpha"), [(64, 0.1, 0.05), (200, 0.2, 0.05), (200, 0.1, 0.001)])
+def test_a_detectable_difference_of_rates_is_found_in_four_of_five(n, differ, alpha):
+    """By McNemar's exact test, which finds fewer than a t-test would."""
+    effect, rng = detectable_rate(differ, n, alpha), np.random.default_rng(5)
+    share, tries = max(differ, effect), 2000
+    chance = [(share + effect) / 2, (share - effect) / 2, 1 - share]
+    found = 0
+    for lost, won, _ in rng.multinomial(n, chance, tries):
+        found += 2 * stats.binom.cdf(min(lost, won), lost + won, 0.5) < alpha
+    assert abs(found / tries - 0.8) < 3 * np.sqrt(0.8 * 0.2 / tries)
+    assert effect > detectable(np.sqrt(differ), n, alpha) * 0.9
+    assert np.isnan(detectable_rate(0.5, 4, alpha)), "four documents that all differ are no proof"
 
 
 @pytest.mark.parametrize("n", [8, 24, 200])

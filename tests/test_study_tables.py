@@ -450,7 +450,7 @@ def test_where_nothing_differs_few_tables_claim_that_something_does(grid):
 @pytest.mark.parametrize("algos", [("gptq", "awq"), ("gptq", "awq", "quip", "spqr")], ids=len)
 def test_a_difference_of_the_least_size_is_found_as_often_as_the_note_says(algos):
     """The size that a table of the same design states, planted in one recipe of one of its two columns."""
-    from qbench.report.significance import detectable, table_detectable
+    from qbench.report.power import detectable, table_detectable
 
     n, noise, windows = 300, 0.02, {"stdlib_docs": 24, "c4": 24}
     pairs = 2 * len(algos) * (len(algos) - 1) // 2

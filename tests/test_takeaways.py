@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from qbench.quant.scheme import Scheme
-from qbench.report.significance import detectable
+from qbench.report.power import detectable
 from qbench.report.takeaways import page_takeaway, shipped_claims, show, takeaways, untested, write
 from qbench.report.takeaways.algorithms import parts_of
 from qbench.report.takeaways.answer import windows_needed

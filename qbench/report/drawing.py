@@ -4,38 +4,28 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from qbench.deploy.devices import device
-from qbench.deploy.roofline import Phase, bits_of, latency
-from qbench.models.shape import Shape
 from qbench.report import matrix
 from qbench.report.agreement import better_is_higher, wide
-from qbench.report.cells import Cells, Recipe, Result, chosen, label
+from qbench.report.cells import Cells, chosen, label
 from qbench.report.correlation import spearman
 from qbench.report.figures.curves import bits_curves
-from qbench.report.figures.fronts import on_front, pareto
+from qbench.report.figures.fronts import pareto
 from qbench.report.figures.grids import correlation_map, heat_map
 from qbench.report.figures.radar import retention_radar
 from qbench.report.figures.storage import equal_storage
 from qbench.report.figures.wins import wins_matrix
 from qbench.report.metrics import base, lower_is_better
+from qbench.report.points import axis_title, points_of, sure_of_front
 from qbench.report.retention import retention
-from qbench.report.significance import SURE, differences, holm
+from qbench.report.significance import SURE
 from qbench.report.spec import FigureKind, FigureSpec
 from qbench.report.tables import file_name
 from qbench.report.wins import duels
 from qbench.track.records import Record
 from qbench.track.source import Source
-
-_CONTEXT = 2048  # tokens that a step of decoding looks back on, and that a prefill reads
-_AXES = {
-    "model_mb": "stored size, MB", "calib_time_s": "calibration and quantization, s",
-    "bits_per_weight": "stored bits a weight", "bits_per_linear_weight": "stored bits a linear weight",
-    "peak_mem_calib_mb": "peak memory of calibration, MB", "kvbits": "bits of keys and values",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,79 +71,18 @@ def _cells(records: Sequence[Record], source: Source, spec: FigureSpec) -> Cells
     return Cells.of(records, source, ("model", "scheme", "algo", "calib"), metrics=spec.metrics)
 
 
-def _points(cells: Cells, metric: str, x: str) -> tuple[pd.DataFrame, float | None]:
-    """Recipes with a cost and a metric, and the floating-point model's value.
-
-    Returns:
-        Columns label, scheme, x, y, y_low, y_high (what is known of the difference to floating point, as values), and the
-        draws behind them.
-    """
-    floating = next((cells.result(r, metric) for r in cells.recipes if r.is_float), None)
-    rows = []
-    for recipe in cells.recipes:
-        found = cells.result(recipe, metric)
-        cost = cost_of(recipe, x)
-        if recipe.is_float or found is None or cost is None:
-            continue
-        low, high = _interval(found, floating, metric)
-        labels = dict(zip(cells.names, recipe.labels, strict=True))
-        rows.append({
-            "label": labels["algo"], "scheme": labels["scheme"], "calib": labels["calib"], "x": cost,
-            "y": found.value, "y_low": low, "y_high": high, "draws": found.draws,
-        })  # fmt: skip
-    columns = ["label", "scheme", "calib", "x", "y", "y_low", "y_high", "draws"]
-    return pd.DataFrame(rows, columns=columns), floating.value if floating else None
-
-
-def _interval(found: Result, floating: Result | None, metric: str) -> tuple[float, float]:
-    if floating is None or found.draws is None or floating.draws is None:
-        return float("nan"), float("nan")
-    if found.draws.items != floating.draws.items:
-        return float("nan"), float("nan")
-    (difference,) = differences([(found.draws, floating.draws)])
-    ends = np.array([difference.low, difference.high])
-    if base(metric).startswith(("ppl/", "decode_ppl/")):
-        return tuple(floating.value * np.exp(ends))  # type: ignore[return-value]
-    return tuple(floating.value + ends)  # type: ignore[return-value]
-
-
-def cost_of(recipe: Recipe, x: str) -> float | None:
-    """A metric or label of a recipe, mean over its draws; `decode_ms@h100` is the roofline's; `None` where unknown."""
-    values = [_cost(record, x) for record in recipe.records]
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _cost(record: Record, x: str) -> float | None:
-    if roof := re.fullmatch(r"(prefill|decode)_ms@([\w-]+)", x):
-        if "shape" not in record:  # of an older qbench
-            return None
-        phase: Phase = "prefill" if roof[1] == "prefill" else "decode"
-        shape = Shape(**record["shape"])
-        found = latency(shape, bits_of(record), device(roof[2]), 1, _CONTEXT, phase, fused=True)
-        return 1000 * found.seconds
-    value = record["labels"].get(x, record["metrics"].get(x))
-    return None if value is None else float(value)
-
-
-def _axis(x: str) -> str:
-    if roof := re.fullmatch(r"(prefill|decode)_ms@([\w-]+)", x):
-        return f"{roof[1]} on {roof[2]}, ms (roofline)"
-    return _AXES.get(x, x)
-
-
 def _pareto(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:
     names = sorted({label(r, "algo") for r in records})
     for model, mine in _by_model(records).items():
         cells = _cells(mine, source, spec)
         for metric in cells.metrics:
-            points, floating = _points(cells, metric, spec.x)
+            points, floating = points_of(cells, metric, spec.x)
             if points.empty:
                 continue
             lower = lower_is_better(metric)
-            points["significant"] = _sure(points, lower)
+            points["significant"] = sure_of_front(points, lower)
             figure = pareto(
-                points, _axis(spec.x), metric, lower_is_better=lower, fp=floating, names=names, width=6.5
+                points, axis_title(spec.x), metric, lower_is_better=lower, fp=floating, names=names, width=6.5
             )
             caption = (
                 "Bars: 95 % interval of the difference to floating point, paired. Half-filled: not surely better "
@@ -163,28 +92,12 @@ def _pareto(name: str, spec: FigureSpec, records: Sequence[Record], source: Sour
             yield f"{name}-{model}-{file_name(metric)}", Drawn(title, caption, figure)
 
 
-def _sure(points: pd.DataFrame, lower: bool) -> list[bool]:
-    """Whether a member of the front is surely better than the next cheaper one; the cheapest is what it is."""
-    front = points[on_front(points["x"], points["y"], lower)].sort_values("x", kind="stable")
-    sure = dict.fromkeys(points.index, True)
-    pairs = [
-        (i, (points["draws"][i], points["draws"][j]))
-        for j, i in zip(front.index[:-1], front.index[1:], strict=True)
-        if points["x"][i] > points["x"][j]
-    ]
-    pairs = [(i, pair) for i, pair in pairs if None not in pair and pair[0].items == pair[1].items]
-    p = holm([found.p for found in differences([pair for _, pair in pairs])])
-    for (i, _), value in zip(pairs, p, strict=True):
-        sure[i] = bool(value < SURE)
-    return list(sure.values())
-
-
 def _storage(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:
     rows: dict[str, list[dict[str, object]]] = {}
     for model, mine in _by_model(records).items():
         cells = _cells(mine, source, spec)
         for metric in cells.metrics:
-            points, _ = _points(cells, metric, "model_mb")
+            points, _ = points_of(cells, metric, "model_mb")
             lower = lower_is_better(metric)
             best = points.sort_values("y", ascending=lower, kind="stable").drop_duplicates("scheme")
             rows.setdefault(metric, []).extend(
@@ -206,7 +119,7 @@ def _curves(name: str, spec: FigureSpec, records: Sequence[Record], source: Sour
     for model, mine in _by_model(records).items():
         cells = _cells(mine, source, spec)
         for metric in cells.metrics:
-            points, floating = _points(cells, metric, x)
+            points, floating = points_of(cells, metric, x)
             lower = lower_is_better(metric)
             best = points.sort_values("y", ascending=lower, kind="stable").drop_duplicates(["label", "x"])
             frame = best.rename(

@@ -11,7 +11,8 @@ from qbench.report.labels import Labels, label
 from qbench.report.marked import TIE, Made
 from qbench.report.metrics import lower_is_better, shown_effect
 from qbench.report.page.content import Cell, Mark, PageTable
-from qbench.report.significance import SURE, Draws, Standing, table_detectable, table_ties
+from qbench.report.power import table_detectable
+from qbench.report.significance import SURE, Draws, Standing, table_ties
 from qbench.report.spec import TableSpec
 from qbench.report.tables import COSTS, number
 from qbench.track.records import Record

@@ -17,8 +17,9 @@ from qbench.report.marked import Made, write
 from qbench.report.metrics import is_cost, shown_effect
 from qbench.report.page.content import Cell, Mark, PageTable
 from qbench.report.pairs import UNSURE, Measured, Pair, figures, measured, p_text
+from qbench.report.power import detectable
 from qbench.report.sides import Side
-from qbench.report.significance import SURE, detectable
+from qbench.report.significance import SURE
 from qbench.track.source import Source
 
 _POWER = 0.8

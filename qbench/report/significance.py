@@ -13,9 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.power import TTestPower
 
 from qbench.report.draws import Draws as Draws  # this is where others look for it
 from qbench.report.draws import meet
@@ -25,6 +24,7 @@ from qbench.report.resampling import interval
 G = TypeVar("G", bound=Hashable)
 K = TypeVar("K", bound=Hashable)
 SURE = 0.05
+MCNEMAR = "McNemar"  # the name of the test of documents that are right or wrong
 
 _PAIRS = 500  # whose resampled means are in memory at once, 20 MB
 _CELLS = 1 << 22  # of an array of items, 32 MB
@@ -111,7 +111,7 @@ def _differences(pairs: Sequence[tuple[Draws, Draws]]) -> list[Difference]:
         of_draws = len(a.values) > 1 or len(b.values) > 1
         test = "paired t"
         if zero_one and not of_draws:
-            test, p[i] = "McNemar", _mcnemar(delta[i])
+            test, p[i] = MCNEMAR, _mcnemar(delta[i])
         elif of_draws:
             test += " and Welch over draws" if min(len(a.values), len(b.values)) > 1 else " and t over draws"
         sure = 1.0 if same[i] else float("nan") if n == 1 else float(np.fmax(p[i], over_draws[i]))
@@ -166,22 +166,6 @@ def holm(p: "Sequence[float] | np.ndarray | pd.Series[float]", family: int = 0) 
     return corrected
 
 
-def detectable(sd: float, n: int, alpha: float = SURE, power: float = 0.8) -> float:
-    """The smallest true mean difference that a paired t-test of `n` items finds with this power.
-
-    NaN of fewer than four items.
-    """
-    if n < 4 or not np.isfinite(sd):
-        return float("nan")
-    most = 5 * stats.t.isf(alpha / 2, n - 1) / np.sqrt(n)
-
-    # statsmodels' own two-sided power, and so its solver, is NaN or wrong where alpha is small, for the far tail's sake.
-    def missing(size: float) -> float:
-        return float(TTestPower().power(size, n, alpha / 2, alternative="larger")) - power
-
-    return float(sd * optimize.brentq(missing, 0.0, most))
-
-
 def table_ties(
     groups: Mapping[G, Mapping[K, Draws]], lower: Mapping[G, bool], alpha: float = SURE
 ) -> dict[G, dict[K, Standing]]:
@@ -222,18 +206,3 @@ def _best(name: Hashable, members: Mapping[K, Draws], lower: bool) -> K:
 def ties(values: Mapping[K, Draws], lower: bool, alpha: float = SURE) -> dict[K, Standing]:
     """Where every recipe stands in a table of one column."""
     return table_ties({"": values}, {"": lower}, alpha)[""]
-
-
-def table_detectable(standings: Mapping[G, Mapping[K, Standing]], power: float = 0.8) -> dict[G, float]:
-    """For each column, the smallest true difference over items that the table finds with this power.
-
-    Of a typical comparison with the best: their median standard deviation, at alpha over the family. NaN without others.
-    """
-    found = {}
-    for g, members in standings.items():
-        others = [
-            (s.difference.sd, s.difference.n, s.alpha / s.family) for s in members.values() if s.difference
-        ]
-        sds, n, alpha = zip(*others, strict=True) if others else ((), (), ())
-        found[g] = detectable(float(np.nanmedian(sds)), n[0], alpha[0], power) if others else float("nan")
-    return found

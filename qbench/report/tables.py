@@ -1,6 +1,6 @@
 """Tables: in the terminal, and as CSV, Markdown and LaTeX files."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qbench.report.frame import tidy
-
 COSTS = {
     "calib_time_s": "calib s",
     "eval_time_s": "eval s",
@@ -18,7 +16,6 @@ COSTS = {
     "peak_mem_eval_mb": "eval peak MB",
     "peak_device_mem_calib_mb": "device peak MB",
 }
-_ROWS = 100  # jobs whose table is shown at the end of a command
 _REASONS = 10  # failures that the terminal explains
 _SHOWN = ("calib s",)  # in the terminal; files have all costs
 _IN_FILES = ("bpb/", "right_to_wrong/", "wrong_to_right/")  # what the terminal has no room for
@@ -162,7 +159,7 @@ def show(frame: pd.DataFrame, console: Console) -> None:
     hidden += [str(column) for column in table if str(column).startswith(_IN_FILES)]
     for model, part in table.groupby("model", sort=False) if not table.empty else ():
         print_table(part.drop(columns=["model", *(c for c in hidden if c in part)]), str(model), console)
-    _show_failures(frame, console)
+    show_failures(frame, console)
 
 
 def print_table(table: pd.DataFrame, title: str, console: Console) -> None:
@@ -176,7 +173,7 @@ def print_table(table: pd.DataFrame, title: str, console: Console) -> None:
         header_style="bold",
     )
     for column in table.columns:
-        is_label = column in ("model", "scheme", "algo", "setting", "unit", "recipe")
+        is_label = column in ("model", "scheme", "algo", "setting", "unit", "recipe", "why not")
         grid.add_column(
             Text(str(column).replace("/", "\n", 1)),
             justify="left" if is_label else "right",
@@ -193,7 +190,7 @@ def print_table(table: pd.DataFrame, title: str, console: Console) -> None:
     wide.print(grid)
 
 
-def _show_failures(frame: pd.DataFrame, console: Console) -> None:
+def show_failures(frame: pd.DataFrame, console: Console) -> None:
     """The failed jobs and their reasons, a line each; not in the table, where they would push numbers off the screen."""
     failed = frame[frame["status"] == "failed"]
     for _, job in failed.head(_REASONS).iterrows():
@@ -201,72 +198,3 @@ def _show_failures(frame: pd.DataFrame, console: Console) -> None:
         console.print(f"{title} failed: {job['reason']}", markup=False, highlight=False, soft_wrap=True)
     if len(failed) > _REASONS:
         console.print(f"and {len(failed) - _REASONS} more failed", highlight=False)
-
-
-def _warnings(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What makes numbers untrustworthy, a line for each kind."""
-    overlaps, cut = dict[str, float](), dict[str, float]()
-    for record in records:
-        for name, about in record.get("data", {}).items():
-            for text, share in about.get("overlap", {}).items():
-                pair = f"{name.removeprefix('calib/')} in {text}"
-                overlaps[pair] = max(share, overlaps.get(pair, 0.0))
-        for metric, share in record["metrics"].items():
-            if metric.startswith("truncated/"):
-                cut[metric.partition("/")[2]] = max(share, cut.get(metric.partition("/")[2], 0.0))
-    found = [f"{pair} ({share:.0%} of the samples)" for pair, share in overlaps.items() if share]
-    lines = [f"WARNING   calibration text occurs in evaluation text: {', '.join(found)}"] if found else []
-    left_out = dict.fromkeys(task for record in records for task in record.get("left_out", ()))
-    lines += [f"left out  for want of data: {', '.join(left_out)}"] if left_out else []
-    if answered := [r for r in records if r.get("identity", {}).get("evaluation", {}).get("talk")]:
-        judged = all(r["identity"]["evaluation"]["talk"]["judge"] for r in answered)
-        lines.append(
-            "answers   "
-            + ("" if judged else "not marked, for want of a judge: ")
-            + "in the folder dialogue of the results"
-        )
-    tasks = [f"{task} ({share:.0%})" for task, share in cut.items()]
-    return lines + ([f"cut off   longer than the model reads: {', '.join(tasks)}"] if tasks else [])
-
-
-def print_summary(
-    records: Iterable[dict[str, Any]],
-    *,
-    problems: Sequence[tuple[str, str]],
-    n_pruned: int = 0,
-    ran: int,
-    results: Path,
-    tracker_uri: str | None,
-) -> None:
-    """What a command ends with: the table, what was skipped, where things are, what to type next."""
-    console = Console()
-    records = list(records)
-    failed = sum(record["status"] == "failed" for record in records)
-    if not console.is_terminal:
-        console = Console(width=200)
-    frame = tidy(records)
-    if len(records) <= _ROWS:
-        show(frame, console)
-    else:
-        console.print(
-            f"{len(records)} jobs are too many rows for a terminal; `qbench tables` writes them", markup=False
-        )
-        _show_failures(frame, console)
-    counts = [f"{ran} run", f"{len(records) - ran} already done"]
-    counts += [f"{failed} failed"] if failed else []
-    counts += [f"{len(problems)} skipped"] if problems else []
-    counts += [f"{n_pruned} pruned"] if n_pruned else []
-    lines = [
-        ", ".join(counts),
-        f"records   {results / 'records'}",
-        f"tables    qbench tables results={results}",
-        f"report    qbench report results={results}",
-    ]
-    if len({r["labels"]["algo"] for r in records if r["status"] == "done"} - {"fp"}) > 1:
-        lines.append(f"decide    qbench recommend results={results} max_ppl_increase=2%")
-    lines[1:1] = _warnings(records)
-    if failed:
-        lines.append(f"failed    qbench retry results={results}")
-    if tracker_uri:
-        lines.append(f"MLflow    mlflow ui --backend-store-uri {tracker_uri}")
-    console.print("\n" + "\n".join(lines), markup=False, highlight=False, soft_wrap=True)

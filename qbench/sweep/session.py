@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterable
 from contextlib import closing
 
 from qbench.errors import UsageError
-from qbench.report.tables import print_summary
+from qbench.report.ending import print_summary
 from qbench.run import command
 from qbench.sweep.beacon import sweep_up
 from qbench.sweep.grid import Cell

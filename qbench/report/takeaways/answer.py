@@ -9,7 +9,8 @@ from statsmodels.stats.power import TTestIndPower
 
 from qbench.report.metrics import base
 from qbench.report.page.content import PageTakeaway, Verdict
-from qbench.report.significance import SURE, Difference, Draws, detectable
+from qbench.report.power import detectable
+from qbench.report.significance import SURE, Difference, Draws
 from qbench.report.takeaways.evidence import Recipe
 
 POWER = 0.8

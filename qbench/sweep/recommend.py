@@ -1,0 +1,92 @@
+"""`qbench recommend`: constraints in, recipe out; without records, the smallest sweep that decides."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qbench.deploy.roofline import bits_of, latency
+from qbench.errors import UsageError
+from qbench.job import skeleton
+from qbench.models.load import ModelRef
+from qbench.models.shape import shape_of
+from qbench.report.recommend.candidates import Latency
+from qbench.report.recommend.export import write
+from qbench.report.recommend.telling import show
+from qbench.sweep.composed import config_of
+from qbench.sweep.limits import Constraints, read
+from qbench.sweep.named import named
+from qbench.sweep.retype import command_of
+from qbench.sweep.rounds import SURE, Outcome, Search
+from qbench.sweep.sensitivity import output, say
+from qbench.sweep.session import OK, SOME_FAILED
+from qbench.sweep.settings import Jobs, floating_point
+from qbench.track.records import Record, RecordStore
+
+
+def recommend(arguments: Sequence[str]) -> int:
+    """Recommend, and say how sure that is; returns the exit code.
+
+    Raises:
+        UsageError: If a constraint or an argument cannot be understood, or nothing can be compared.
+    """
+    asked = read(arguments)
+    names = named(asked.arguments)
+    config = config_of([*names.base])
+    store = RecordStore(Path(config["results"]))
+    try:
+        model = Jobs().job(floating_point(config)).model
+        clock = _latency(asked, model)
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    search = Search(asked, config, store, clock)
+    mine = [r for r in store.all() if r["identity"]["model"] == model.identity() and names.holds(r)]
+    outcome = None if asked.search or search.began else search.judge(mine, names.texts)
+    is_searched = outcome is None
+    if outcome is None:
+        outcome = search.run()
+    if outcome is None:  # only a plan was asked for
+        return OK
+    _tell(outcome, asked, store, model.name)
+    if outcome.settled.decision.share < SURE:
+        how = "more windows" if is_searched else "search=true, or more windows"
+        say(output(), f"surer      with {how}: eval.max_windows=")
+    return OK if outcome.settled.decision.meets else SOME_FAILED
+
+
+def _tell(outcome: Outcome, asked: Constraints, store: RecordStore, model: str) -> None:
+    """Show and write the outcome."""
+    record = outcome.settled.decision.chosen.record
+    command = command_of(record)
+    console = output()
+    show(outcome.settled, outcome.limits, console, hardware=_hardware(asked))
+    path = write(outcome.settled, outcome.limits, store.root / "tables", model, command)
+    say(
+        console,
+        f"{'evaluate' if record['labels']['algo'] == 'fp' else 'quantize'}   {command or _its_own(record)}",
+        f"record     {store.path(record['fingerprint'])}",
+        f"written    {path}",
+    )
+
+
+def _its_own(record: Record) -> str:
+    return f"no short command gives this job again; it was one of `{record['environment']['command']}`"
+
+
+def _hardware(asked: Constraints) -> str:
+    if asked.hardware is None:
+        return ""
+    return (
+        f"a step of decoding on {asked.hardware.name}, batch {asked.batch}, {asked.context} tokens before it"
+    )
+
+
+def _latency(asked: Constraints, model: ModelRef) -> Latency | None:
+    if asked.hardware is None:
+        return None
+    shape, hardware = shape_of(skeleton(model).config), asked.hardware
+
+    def seconds(record: dict[str, Any]) -> float:
+        bits = bits_of(record)
+        return latency(shape, bits, hardware, asked.batch, asked.context, "decode", fused=True).seconds
+
+    return seconds
