@@ -7,7 +7,7 @@ import numpy as np
 from scipy import optimize, stats
 from statsmodels.stats.power import TTestPower
 
-from qbench.report.significance import MCNEMAR, SURE, Standing
+from qbench.report.significance import MCNEMAR, SURE, Difference, Standing
 
 G = TypeVar("G", bound=Hashable)
 K = TypeVar("K", bound=Hashable)
@@ -50,10 +50,18 @@ def detectable_rate(discordant: float, n: int, alpha: float = SURE, power: float
     return float(optimize.brentq(missing, 1e-9, 1.0)) if n > 0 and missing(1.0) > 0 else float("nan")
 
 
+def least(difference: Difference, alpha: float = SURE, power: float = 0.8) -> float:
+    """The smallest true difference that this comparison finds with this power, by the test that it was made with."""
+    n, sd = difference.n, difference.sd
+    if difference.test == MCNEMAR:
+        return detectable_rate(sd**2 * (n - 1) / n + difference.effect**2, n, alpha, power)
+    return detectable(sd, n, alpha, power)
+
+
 def table_detectable(standings: Mapping[G, Mapping[K, Standing]], power: float = 0.8) -> dict[G, float]:
     """For each column, the smallest true difference over items that the table finds with this power.
 
-    Of a typical comparison with the best: their median standard deviation, at alpha over the family. NaN without others.
+    Of a typical comparison with the best, the one with the median spread, at alpha over the family. NaN without others.
     """
     found = {}
     for g, members in standings.items():
@@ -61,10 +69,7 @@ def table_detectable(standings: Mapping[G, Mapping[K, Standing]], power: float =
         if not others:
             found[g] = float("nan")
             continue
-        sd = float(np.nanmedian([d.sd for d, _ in others]))
-        d, alpha = others[0]
-        if d.test == MCNEMAR:
-            found[g] = detectable_rate(sd**2 * (d.n - 1) / d.n, d.n, alpha, power)
-        else:
-            found[g] = detectable(sd, d.n, alpha, power)
+        by_spread = sorted(others, key=lambda other: (not np.isfinite(other[0].sd), other[0].sd))
+        typical, alpha = by_spread[len(by_spread) // 2]
+        found[g] = least(typical, alpha, power)
     return found

@@ -17,7 +17,7 @@ from qbench.report.marked import Made, write
 from qbench.report.metrics import is_cost, shown_effect
 from qbench.report.page.content import Cell, Mark, PageTable
 from qbench.report.pairs import UNSURE, Measured, Pair, figures, measured, p_text
-from qbench.report.power import detectable
+from qbench.report.power import least
 from qbench.report.sides import Side
 from qbench.report.significance import SURE
 from qbench.track.source import Source
@@ -103,16 +103,16 @@ def _notes(found: Measured, pairs: list[Pair]) -> Iterator[str]:
             f"Change: B against A on the same items (n: windows or documents). 95 %: its interval over items alone. "
             f"p: paired over items{over}, corrected for {len(tests)} metrics (Holm); a difference is sure below {SURE}."
         )
-    least = [
+    sizes = [
         f"{shown_effect(p.metric, size).lstrip('+')} in {p.metric}"
         for p in pairs
         if p.verdict == UNSURE
         and p.difference
-        and np.isfinite(size := detectable(p.difference.sd, p.difference.n, SURE / len(tests)))
+        and np.isfinite(size := least(p.difference, SURE / len(tests)))
     ]
-    if least:
+    if sizes:
         yield (
-            f"Where no difference is sure, the least that the items would show {_POWER:.0%} of the time: {_listed(least)}."
+            f"Where no difference is sure, the least that the items would show {_POWER:.0%} of the time: {_listed(sizes)}."
         )
     if found.unlike:
         ways = [f"{metric} ({how})" for metric, how in found.unlike.items()]
