@@ -14,6 +14,7 @@ from qbench.report.spec import FigureSpec, TableSpec
 from qbench.report.study import tables
 from qbench.report.takeaways.answer import page_takeaway
 from qbench.report.takeaways.questions import takeaways
+from qbench.report.takeaways.writing import TITLES, by_kind
 from qbench.track.records import Record
 from qbench.track.source import Source
 
@@ -28,6 +29,10 @@ _QUALITY = (
     "drop/*",
     "decode_ppl/*",
 )
+_NAMED = 12  # models, schemes, ... that the head of the page lists
+_ABOUT = {
+    "claim": "Papers' claims in our words, held against these records: what is so here need not be so elsewhere."
+}
 _COSTS = ("bits_per_weight", "model_mb", "calib_time_s", "eval_time_s", "peak_mem_calib_mb")
 
 
@@ -94,11 +99,8 @@ def page(
         link: Where a browser shows the MLflow run of a fingerprint.
     """
     sections = [
-        Section(
-            "Takeaways",
-            "What the data say, how sure that is, and what papers claim. Every number leads to its records.",
-            takeaways=tuple(page_takeaway(t) for t in takeaways(records, source)),
-        )
+        Section(TITLES[kind], _ABOUT.get(kind, ""), takeaways=tuple(map(page_takeaway, answers)))
+        for kind, answers in by_kind(takeaways(records, source))
     ]
     sections += [
         section
@@ -110,7 +112,7 @@ def page(
     summary = (
         ("jobs", f"{done} done, {len(records) - done} failed"),
         *(
-            (f"{name}s", ", ".join(dict.fromkeys(str(one[key]) for one in labels if one[key] is not None)))
+            (f"{name}s", _listed([str(one[key]) for one in labels if one[key] is not None]))
             for name, key in (
                 ("model", "model"), ("algorithm", "algo"), ("scheme", "scheme"), ("calibration set", "calib"),
             )
@@ -126,6 +128,13 @@ def page(
         entries,
         command,
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first of them, and how many there are beside."""
+    unique = list(dict.fromkeys(names))
+    more = f" and {len(unique) - _NAMED} more" if len(unique) > _NAMED else ""
+    return ", ".join(unique[:_NAMED]) + more
 
 
 def _section(chapter: Chapter, records: Sequence[Record], source: Source) -> Section:

@@ -14,6 +14,7 @@ from qbench.report.metrics import is_perplexity
 
 FACTORS = ("algo", "scheme", "calib", "model", "seed")
 
+_MOST_CELLS = 120  # of an interaction: fitting takes the cube of it
 _COLUMNS = ["term", "df", "sum_sq", "share", "F", "p", "note"]
 _Term = tuple[str, ...]
 
@@ -44,6 +45,9 @@ def decompose(frame: pd.DataFrame, factors: Sequence[str] = FACTORS, value: str 
     fits = _Fits(data)
     terms: list[_Term] = [(factor,) for factor in varied]
     for pair in combinations(varied, 2):
+        if (n := int(data.groupby(list(pair)).ngroups)) > _MOST_CELLS:
+            left_out[pair] = f"{n} combinations, more than are fitted"
+            continue
         (_, df), (_, more) = fits(terms), fits([*terms, pair])
         if more == df:
             left_out[pair] = "does not vary beside the factors"

@@ -26,6 +26,7 @@ _LEGEND = {
     "worse": "surely worse than the best",
     "failed": "failed; its record says why",
 }
+_CARDS = 9  # takeaways of a section that are not folded away
 _NUMBER = re.compile(r"[+\-−]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d*)?(?:e[+-]?\d+)?", re.IGNORECASE)
 _MISSING = {"", "-", "–", "—", "n/a", "nan"}
 _ANCHOR = re.compile(r"[A-Za-z0-9_.-]+")
@@ -66,6 +67,7 @@ def render(page: Page) -> str:
         page=page,
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "script.js").read_text(encoding="utf-8")),
+        cards=_CARDS,
         signs=_SIGNS,
         legend=_LEGEND,
     )

@@ -12,7 +12,7 @@ from rich.text import Text
 from qbench.report.takeaways.answer import Takeaway
 from qbench.report.takeaways.claims import Claim, shipped_claims, untested
 
-_TITLES = {
+TITLES = {
     "calibration": "On which text to calibrate",
     "algorithm": "Which algorithm",
     "budget": "Which scheme for how many bytes",
@@ -24,6 +24,7 @@ _HOW = (
     "Intervals are over windows or documents, with seeds as they are; p-values are for both, corrected inside each answer. "
     "Perplexities are compared as ratios."
 )
+_ANSWERS = 8  # of one question in the terminal
 _SHOWN = 3  # fingerprints in Markdown; JSON has all
 
 
@@ -32,9 +33,9 @@ def show(takeaways: Sequence[Takeaway], console: Console) -> None:
     width = min(console.width, 100)
     if takeaways:
         console.print(Text(_HOW, style="dim"), width=width, highlight=False)
-    for kind, mine in _by_kind(takeaways):
-        console.print(Text(f"\n{_TITLES[kind]}", style="bold"))
-        for t in mine:
+    for kind, mine in by_kind(takeaways):
+        console.print(Text(f"\n{TITLES[kind]}", style="bold"))
+        for t in mine[:_ANSWERS]:
             console.print(
                 Text(f"\n{t.question} ", style="bold") + Text(t.verdict, style=_STYLES[t.verdict]),
                 width=width,
@@ -47,6 +48,8 @@ def show(takeaways: Sequence[Takeaway], console: Console) -> None:
                 *((d, "dim") for d in dim),
             ]:
                 console.print(Padding(Text(text, style=style), (0, 0, 0, 2)), width=width, highlight=False)
+        if len(mine) > _ANSWERS:
+            console.print(f"\n  and {len(mine) - _ANSWERS} more in the file", highlight=False)
     for line in _not_tested(untested(takeaways, shipped_claims())):
         console.print(Text(line), width=width, highlight=False)
 
@@ -70,19 +73,22 @@ def write(takeaways: Sequence[Takeaway], folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-def _by_kind(takeaways: Sequence[Takeaway]) -> list[tuple[str, list[Takeaway]]]:
-    found: dict[str, list[Takeaway]] = {kind: [] for kind in _TITLES}
+def by_kind(takeaways: Sequence[Takeaway]) -> list[tuple[str, list[Takeaway]]]:
+    """The questions in turn, and of each what was decided first."""
+    found: dict[str, list[Takeaway]] = {kind: [] for kind in TITLES}
     for t in takeaways:
         found[t.id.partition("/")[0]].append(t)
-    return [(kind, mine) for kind, mine in found.items() if mine]
+    return [
+        (kind, sorted(mine, key=lambda t: t.verdict == "undecided")) for kind, mine in found.items() if mine
+    ]
 
 
 def _markdown(takeaways: Sequence[Takeaway], missing: Sequence[Claim]) -> str:
     lines = ["# Takeaways", "", _HOW, ""]
     if not takeaways:
         lines += ["The records suffice for no answer yet.", ""]
-    for kind, mine in _by_kind(takeaways):
-        lines += [f"## {_TITLES[kind]}", ""]
+    for kind, mine in by_kind(takeaways):
+        lines += [f"## {TITLES[kind]}", ""]
         for t in mine:
             lines += [f"### {t.question}", ""]
             lines += [f"> {t.claim} ({t.claim_source})", ""] if t.claim else []
