@@ -38,6 +38,65 @@ def test_seeds_are_draws_of_one_recipe():
     assert result.stderr == pytest.approx(np.hypot(of_windows, values.std(ddof=1) / np.sqrt(3)))
 
 
+def rotated(seeds, algo="hqq", **more):
+    """An algorithm that draws something itself."""
+    return [
+        job
+        for seed in seeds
+        for job in made(
+            Grid(algos=(algo,), floating=False, luck=0.05, identity={"algorithm.seed": seed} | more)
+        )
+    ]
+
+
+@pytest.mark.parametrize("algo", ["hqq", "gptq"])
+def test_seeds_of_an_algorithm_are_draws_of_one_recipe(algo):
+    """A random rotation is luck as calibration samples are: a row for each seed would hide how much."""
+    found = cells(rotated((0, 1, 2), algo))
+    result = found.result(only(found), TEXT)
+    assert result.draws.values.shape == (3, 24)
+    assert result.draws.drawn
+    assert found.names == ROWS
+
+
+def test_what_is_drawn_by_no_seed_has_no_luck():
+    found = cells(made(Grid(algos=("rtn",), floating=False)))
+    assert not found.result(only(found), TEXT).draws.drawn
+
+
+def test_draws_are_in_the_order_of_their_seeds():
+    found = cells(rotated((10, 9, 0)))
+    by_seed = [[row["value"] for row in samples] for _, samples in rotated((0, 9, 10))]
+    items = np.argsort([str(i) for i in range(24)])
+    assert found.result(only(found), TEXT).draws.values == pytest.approx(np.array(by_seed)[:, items])
+
+
+def test_a_seed_of_an_algorithm_among_the_labels_is_no_draw():
+    found = cells(rotated((0, 1)), rows=(*ROWS, "seed"))
+    assert [recipe.labels[-1] for recipe in found.recipes] == ["0", "1"]
+
+
+def test_draws_of_other_texts_are_not_put_together():
+    jobs = gptq(seeds=(0, 1))
+    jobs[1][0]["data"]["eval/stdlib_docs"]["sha256"] = "0" * 64
+    found = cells(jobs)
+    assert found.result(only(found), TEXT).draws is None
+
+
+def test_floating_point_is_of_the_same_model_and_text():
+    jobs = made(Grid(algos=("rtn",), texts={"c4": 24})) + made(Grid(algos=("rtn", "gptq")))
+    found = cells(jobs)
+    floats, quantized = (
+        [r for r in found.recipes if r.is_float],
+        [r for r in found.recipes if not r.is_float],
+    )
+    assert all(found.floating(recipe, TEXT) is found.result(floats[0], TEXT) for recipe in quantized[-1:])
+    for record, _ in jobs:
+        if record["labels"]["algo"] == "fp":
+            record["data"].pop("eval/stdlib_docs", None)
+    assert cells(jobs).floating(cells(jobs).recipes[-1], TEXT) is None
+
+
 def test_a_seed_among_the_labels_is_no_draw():
     found = cells(gptq(seeds=(0, 1)), rows=(*ROWS, "seed"))
     assert [recipe.labels[-1] for recipe in found.recipes] == ["0", "1"]
@@ -46,7 +105,7 @@ def test_a_seed_among_the_labels_is_no_draw():
 
 @pytest.mark.parametrize(
     "key",
-    ["model.revision", "model.dtype", "model.id", "model.content", "algorithm.damp", "algorithm.seed",
+    ["model.revision", "model.dtype", "model.id", "model.content", "algorithm.damp",
      "calib.n_samples", "calib.name", "calib.files", "calib.propagate_error"],
 )  # fmt: skip
 @pytest.mark.parametrize(

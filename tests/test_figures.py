@@ -19,7 +19,7 @@ from qbench.report.figures import style
 from qbench.report.figures.curves import bits_curves, layer_sensitivity
 from qbench.report.figures.fronts import on_front, pareto
 from qbench.report.figures.grids import contrast, correlation_map, heat_map, ink_on
-from qbench.report.figures.radar import retention, retention_radar
+from qbench.report.figures.radar import retention_radar
 from qbench.report.figures.storage import equal_storage
 from qbench.report.figures.wins import wins_matrix
 
@@ -325,15 +325,10 @@ def test_the_front_is_what_nothing_dominates(lower_is_better):
     assert on_front(x, y, lower_is_better).tolist() == expected
 
 
-def test_retention_is_one_for_the_original_and_nothing_at_chance():
-    value, chance, fp = (
-        pd.Series([0.7, 0.25, 0.1, 0.5]),
-        pd.Series([0.25, 0.25, 0.25, 0.5]),
-        pd.Series([0.7] * 3 + [0.5]),
-    )
-    found = retention(value, chance, fp)
-    assert found[:3].tolist() == [1.0, 0.0, 0.0]
-    assert np.isnan(found[3])
+def test_a_radar_averages_nothing():
+    frame = pd.DataFrame({"scheme": "w4", "task": ["a", "b", "c", "a"], "retention": 1.0})
+    with pytest.raises(ValueError, match="w4 has a twice"):
+        retention_radar(frame)
 
 
 def test_a_scale_is_logarithmic_where_values_span_more_than_a_decade():

@@ -78,6 +78,31 @@ def test_the_luck_of_the_draw_is_no_difference():
     assert frame["p"].dropna().item() > 0.05
 
 
+def test_draws_are_by_all_seeds_of_a_job():
+    records, samples = made_up({"a": {"t": 0.0}, "b": {"t": 0.1}}, draws=3)
+    for record in records:
+        record["identity"]["algorithm"] = {"name": "quarot", "seed": record["labels"]["seed"]}
+    frame = matrix.compare(matrix.losses(records, samples))
+    assert set(frame["setting"]) == {""}
+    assert list(frame["draws"]) == [3, 3]
+
+
+def test_texts_of_one_name_are_not_put_together():
+    records, samples = made_up({"a": {"t": 0.0}, "b": {"t": 0.1}}, draws=1)
+    for record, digest in zip(records, ("0" * 64, "1" * 64), strict=True):
+        record["data"] = {"eval/t": {"sha256": digest}}
+    assert len(set(matrix.losses(records, samples)["text"])) == 2
+    records[1]["data"] = records[0]["data"]
+    assert set(matrix.losses(records, samples)["text"]) == {"t"}
+
+
+def test_a_set_of_other_files_is_not_a_draw_of_the_same_one():
+    records, samples = made_up({"a": {"t": 0.0}, "b": {"t": 0.1}}, draws=2)
+    records[1]["identity"]["calib"]["files"] = {"a/train": "ab"}
+    frame = matrix.losses(records, samples)
+    assert frame.groupby("calib")["setting"].nunique().to_dict() == {"a": 2, "b": 1}
+
+
 @pytest.mark.slow
 def test_where_nothing_differs_few_tables_claim_that_something_does():
     effects = {name: {"t": 0.0, "u": 0.0} for name in "abcd"}

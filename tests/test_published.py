@@ -228,6 +228,14 @@ def test_of_several_runs_the_middle_one_counts():
     assert of_gptq_w3(beside(cells(*seeds), ALIGN))["ours"] == 6.4
 
 
+def test_runs_with_other_hyperparameters_are_no_run_of_what_was_published():
+    """Which of them the paper's was is not known, and their middle is nobody's."""
+    seeds = [{"value": v, "fingerprint": f"{v}", "recipe": "damp 0.01"} for v in (6.5, 6.3, 6.4)]
+    assert of_gptq_w3(beside(cells(*seeds), ALIGN))["ours"] == 6.4
+    seeds[0]["recipe"] = "damp 0.1"
+    assert of_gptq_w3(beside(cells(*seeds), ALIGN))["ours"] is None
+
+
 def test_a_caveat_is_shown_but_not_judged():
     number = "omniquant/table-1/95"
     row = published(number)
@@ -432,7 +440,10 @@ def record(**labels: object) -> dict:
     return {
         "status": "done", "fingerprint": "f" * 16, "labels": name,
         "metrics": {"ppl/wikitext2": 6.318, "ppl/wikitext2_stderr": 0.1},
-        "identity": {"evaluation": evaluation, "calib": {"name": "c4", "n_samples": 128, "seq_len": 2048}},
+        "identity": {
+            "algorithm": {"name": "GPTQ", "damp": 0.01}, "evaluation": evaluation,
+            "calib": {"name": "c4", "n_samples": 128, "seq_len": 2048},
+        },
     }  # fmt: skip
 
 

@@ -10,12 +10,14 @@ import pytest
 from qbench.cli import reports
 from qbench.errors import UsageError
 from qbench.report.assembly import OVERVIEW, page
+from qbench.report.cells import Cells
 from qbench.report.drawing import figures
 from qbench.report.page.content import Page
+from qbench.report.points import points_of
 from qbench.report.spec import FigureSpec
 from qbench.sweep.study import names
 from qbench.track.records import RecordStore
-from tests.synthetic import Grid, failed, made, stored
+from tests.synthetic import Grid, Memory, failed, made, stored
 
 GRID = Grid(
     models=("micro-llama", "nano-llama"),
@@ -109,6 +111,54 @@ def test_a_figure_that_cannot_be_drawn_says_why(kept):
     assert "three tasks" in lacking["radar"]
     assert "pass@1/*" in lacking["none"]
     assert lacking["other"] == "no record is of it"
+
+
+def drawn_of(jobs, kind, **more):
+    return figures({"f": FigureSpec("F", kind, **more)}, [record for record, _ in jobs], Memory(jobs))
+
+
+def test_the_reason_is_the_one_that_holds():
+    jobs = made(Grid(calibs=("c4",), algos=("rtn", "gptq")))
+    _, lacking = drawn_of(jobs, "pareto", x="decode_ms@h100")
+    assert lacking["f"].startswith("micro-llama: no record has the shape of its model")
+    _, lacking = drawn_of(jobs, "pareto", x="modle_mb")
+    assert lacking["f"].startswith("micro-llama: no record has a cost modle_mb; there are load_time_s, ")
+    _, lacking = drawn_of(jobs, "pareto", x="algo")
+    assert "'rtn', which is no cost" in lacking["f"]
+    _, lacking = drawn_of(jobs, "matrix")
+    assert lacking["f"] == "one calibration set (c4) was used for each recipe, a matrix needs two"
+    _, lacking = drawn_of(jobs, "matrix", metrics=("ppl/no_such",))
+    assert lacking["f"] == "no record has a metric like ppl/no_such"
+    _, lacking = drawn_of(jobs, "radar", metrics=("acc/*",))
+    assert lacking["f"] == "no record has a metric like acc/*"
+    _, lacking = drawn_of(jobs, "wins", factor="modle")
+    assert lacking["f"].startswith("no record has a label or a key modle")
+
+
+def test_a_model_that_lacks_something_takes_no_figure_from_others():
+    tasks = {"stdlib_cloze": 64, "stdlib_copy": 64, "lambada_openai": 64}
+    jobs = made(Grid(models=("a",), tasks=dict(list(tasks.items())[:2]))) + made(
+        Grid(models=("b",), tasks=tasks)
+    )
+    drawn, lacking = drawn_of(jobs, "radar", metrics=("acc/*",))
+    assert list(drawn) == ["f-b"]
+    assert lacking["f"] == "a: a radar needs three tasks above guessing, there are 2"
+
+
+def test_names_of_figures_have_no_folders():
+    drawn, _ = drawn_of(made(Grid(models=("org/model",))), "pareto", metrics=("ppl/*",))
+    assert list(drawn) == ["f-org-model-ppl-stdlib_docs"]
+
+
+def test_points_are_of_one_text_and_the_line_is_of_a_model_that_read_it():
+    other = made(Grid(algos=(), texts={"c4": 24}))  # floating point that was evaluated on something else
+    jobs = other + made(Grid(algos=("rtn", "gptq", "awq")))
+    jobs[-1][0]["data"]["eval/stdlib_docs"]["sha256"] = "0" * 64
+    cells = Cells.of([record for record, _ in jobs], Memory(jobs), ("model", "scheme", "algo", "calib"))
+    found = points_of(cells, "ppl/stdlib_docs", "model_mb")
+    assert found.frame["label"].tolist() == ["rtn", "gptq"]
+    assert found.note == " Left out: 1 recipe that read another text of that name."
+    assert found.floating == pytest.approx(jobs[1][0]["metrics"]["ppl/stdlib_docs"])
 
 
 def test_the_report_lists_every_record_and_links_to_it(few, content):

@@ -53,6 +53,21 @@ def surely_worse(standings):
     return [s for column in standings.values() for s in column.values() if not s.best and not s.tie]
 
 
+@pytest.mark.parametrize(
+    ("metric", "lower", "kind"),
+    [
+        ("ppl/x", True, "loss"), ("acc/x", False, "binary"), ("acc_norm/x", False, "binary"),
+        ("exact_match,strict/x", False, "binary"), ("pass@1/x", False, "binary"), ("kl/x", True, "real"),
+        ("pct_stereotype/crows_pairs_english", True, "binary"), ("likelihood_diff/crows_pairs_english", True, "real"),
+        ("word_perplexity/x", True, "real"), ("perplexity/lambada_openai", True, "real"), ("rouge1/x", False, "real"),
+        ("judge/mt_bench", False, "real"), ("bleu/x", False, "real"), ("calib_time_s", True, "real"),
+    ],
+)  # fmt: skip
+def test_a_metric_is_better_in_the_direction_that_its_field_knows(metric, lower, kind):
+    assert metrics.lower_is_better(metric) == lower
+    assert metrics.kind(metric) == kind
+
+
 def test_students_sleep_data_give_students_p_value():
     found = difference(draws(SLEEP[0]), draws(SLEEP[1]))
     assert found.test == "paired t"

@@ -196,10 +196,12 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
         list(source_of(tmp_path, f"sqlite:///{tmp_path}/notes.db", NAME).all())
 
 
-def test_a_run_of_a_server_has_a_link_and_one_of_a_database_none(store, uri, copies, monkeypatch):
-    assert copies.link("a" * 16) is None
+def test_a_run_has_a_link_to_its_server_or_to_where_a_database_is_shown(store, uri, copies, monkeypatch):
     assert store.link("a" * 16) is None
     run = run_of(uri, "a" * 16).info
+    assert (
+        copies.link("a" * 16) == f"http://127.0.0.1:5000/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    )
     server = MLflowSource("https://me:secret@host:5000/mlflow/", NAME, store.root / "cache")
     monkeypatch.setattr(module, "connect", lambda _: MlflowClient(tracking_uri=uri))
     expected = f"https://host:5000/mlflow/#/experiments/{run.experiment_id}/runs/{run.run_id}"

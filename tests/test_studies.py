@@ -1,6 +1,7 @@
 """Studies of papers: each reads, is a grid without a cell that cannot be, and its tables are of what it runs."""
 
 import csv
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
@@ -148,3 +149,19 @@ def published() -> set[str]:
         pytest.skip("published numbers are not here")
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         return {f"{row['source']} :: {row['table']}" for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: T\naxes: {algo: rtn}\ntables: [summary]\n", "tables is ['summary'], a mapping"),
+        ("title: T\naxes: {algo: rtn}\ntables: {a: {title: A, where: [rtn]}}\n", "docs/studies.md"),
+        ("title: T\naxes: {algo: rtn}\ntables: {}\nexclude: {algo: rtn}\n", "a list is needed"),
+        ("title: T\naxes: {algo: rtn\n", "is not YAML"),
+    ],
+)  # fmt: skip
+def test_a_study_that_says_something_else_is_refused(tmp_path, monkeypatch, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.setattr("qbench.sweep.study.SWEEPS", tmp_path)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        studies("mine")

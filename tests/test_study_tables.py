@@ -5,16 +5,19 @@ from dataclasses import replace
 from typing import get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from qbench.report.cells import Cells
 from qbench.report.marked import Made, show, tex, write
 from qbench.report.page.content import Cell, PageTable
 from qbench.report.results import compared, results_table
-from qbench.report.retention import kept, retention_table
-from qbench.report.spec import TableKind, TableSpec
-from qbench.report.study import tables
+from qbench.report.retention import kept, polygons, retention, retention_table, tasks
+from qbench.report.significance import holm
+from qbench.report.spec import FigureSpec, TableKind, TableSpec
+from qbench.report.study import tables as study_tables
 from qbench.report.wins import duels
 from qbench.track.records import in_order
 from qbench.track.source import source_of
@@ -35,7 +38,7 @@ def table(jobs, **spec):
 
 
 def study(jobs, algorithms=(), **specs):
-    return tables(specs, in_order(record for record, _ in jobs), Memory(jobs), algorithms)
+    return study_tables(specs, in_order(record for record, _ in jobs), Memory(jobs), algorithms)
 
 
 def marks(made_table, label="algo", metric=TEXT):
@@ -115,6 +118,30 @@ def test_recipes_that_were_asked_other_items_are_not_compared_and_this_is_said()
     assert found.table.notes == (f"Not compared, for want of equal windows or documents: {TEXT}.",)
 
 
+def of_another_text(job, text="stdlib_docs"):
+    record, samples = job
+    return record | {"data": record["data"] | {f"eval/{text}": {"sha256": "0" * 64}}}, samples
+
+
+def test_recipes_of_another_text_of_that_name_are_not_compared():
+    """Items are numbered, so that windows of two texts have the same names."""
+    jobs = made(Grid(floating=False))
+    found = table([*jobs[:2], of_another_text(jobs[2])])
+    assert set(marks(found).values()) == {""}
+    assert found.table.notes == (f"Not compared, for want of equal windows or documents: {TEXT}.",)
+    with pytest.raises(ValueError, match="no two recipes differ"):
+        duels(cells([jobs[0], of_another_text(jobs[1])]), "algo")
+
+
+def test_what_kept_no_items_is_named():
+    jobs = made(Grid(floating=False))
+    found = table([*jobs[:2], (jobs[2][0], [])])
+    assert marks(found)["awq"] == ""
+    assert found.table.notes[-1] == (
+        f"Not compared, for want of windows or documents that all draws kept: {TEXT} of micro-llama w3a16g128 awq."
+    )
+
+
 def test_a_recipe_without_calibration_data_is_compared_with_those_of_every_set():
     jobs = made(Grid(algos=("rtn", "gptq"), calibs=("stdlib_docs", "random")), harm(gptq=0.3))
     about = TableSpec("T", rows=(*ROWS, "calib"), within=("model", "scheme", "calib"))
@@ -159,6 +186,23 @@ def test_sets_are_not_compared_across_algorithms_nor_numbers_of_samples():
     found = duels(cells(made(grid) + made(more), (*ROWS, "calib")), "calib")
     assert len(found) == 3  # gptq with 16 and with 64 samples, awq
     assert set(found["one"]) == {"stdlib_docs"}
+
+
+def test_windows_that_two_protocols_share_are_compared_once():
+    """The first 12 windows of a text may be the same text whether 12 or 24 are read."""
+    grid = Grid(floating=False)
+    short = replace(grid, texts={"stdlib_docs": 12}, identity={"evaluation.max_windows": 12})
+    found = duels(cells(made(grid) + made(short)), "algo")
+    assert set(found["metric"]) == {f"{TEXT} [256 x 24]"}
+    assert len(found) == 3
+
+
+def test_sets_of_files_meet_whatever_says_which_text_they_are():
+    sets = [
+        made(Grid(algos=("gptq",), calibs=(name,), floating=False, identity={"calib.path": f"{name}.txt"}))
+        for name in ("one", "two")
+    ]
+    assert len(duels(cells([*sets[0], *sets[1]], (*ROWS, "calib")), "calib")) == 1
 
 
 def test_hyperparameters_belong_to_their_algorithm():
@@ -233,7 +277,33 @@ def test_shares_are_of_the_very_same_model_in_floating_point():
         }
         share = (mine["metrics"]["acc/piqa"] - 0.5) / (floating["metrics"]["acc/piqa"] - 0.5)
         assert row["value"] == pytest.approx(max(share, 0))
-    assert "Left out: acc/piqa (a in floating point has no such result)." in found.table.notes
+    assert (
+        "Left out: acc/piqa (a in floating point has no such result of the same text)." in found.table.notes
+    )
+
+
+def test_shares_are_of_floating_point_on_the_same_text():
+    jobs = made(Grid(algos=("rtn", "gptq"), tasks={"piqa": 200}))
+    jobs[2] = of_another_text(jobs[2], "piqa")
+    found = retention_table(cells(jobs), TableSpec("T", "retention"), "t")
+    assert found.numbers["algo"].tolist() == ["rtn"]
+    assert "Left out: acc/piqa (micro-llama in floating point has no such result of the same text)." in (
+        found.table.notes
+    )
+
+
+def test_polygons_and_axes_of_a_radar_are_told_apart_by_all_that_differs():
+    grid = Grid(algos=("rtn", "gptq"), calibs=("c4", "random"), tasks={"piqa": 200, "boolq": 200})
+    jobs = made(grid) + made(replace(grid, algos=("gptq",), floating=False, hyper={"damp": 0.1}))
+    for record, samples in jobs:
+        record["metrics"]["acc_norm/piqa"] = record["metrics"]["acc/piqa"]
+        samples += [row | {"metric": "acc_norm/piqa"} for row in samples if row["metric"] == "acc/piqa"]
+    mine = cells(jobs, (*ROWS, "calib"), metrics=("acc*/*",))
+    found, _ = retention(mine)
+    shown = pd.DataFrame({"scheme": polygons(found, mine.names), "task": tasks(found["metric"])})
+    assert not shown.duplicated().any()
+    assert shown["scheme"].nunique() == 5  # gptq by two sets and two settings, rtn
+    assert set(shown["task"]) == {"acc/piqa", "acc_norm/piqa", "boolq"}
 
 
 def test_what_cannot_be_told_of_a_task_is_said_and_perplexity_is_no_task():
@@ -280,7 +350,69 @@ def test_what_does_not_vary_is_said_below_the_shares():
     assert not any("nan" in cell.text for row in shares.rows for cell in row)
 
 
+def test_stars_of_a_spread_are_corrected_for_the_whole_table():
+    grid = Grid(
+        schemes=("w4a16", "w3a16"), texts={"stdlib_docs": 24, "c4": 24}, calibs=("c4", "random"), seeds=(0, 1)
+    )
+    found, _ = study(made(grid), v=TableSpec("V", "variance"))
+    numbers, raw = found["v"].numbers, []
+    for _, part in numbers.groupby("metric", sort=False):
+        rest = part.loc[part["term"] == "residual", "df"].item()
+        raw += stats.f.sf(part["F"], part["df"], rest).tolist()
+    np.testing.assert_allclose(numbers["p"], holm(raw))
+
+
+def test_other_hyperparameters_are_a_factor_of_the_spread():
+    grid = Grid(schemes=("w4a16", "w3a16"))
+    jobs = made(grid) + made(replace(grid, algos=("gptq", "awq"), floating=False, hyper={"damp": 0.1}))
+    found, _ = study(jobs, v=TableSpec("V", "variance"))
+    assert "setting" in {row[0].text for row in found["v"].table.rows}
+    assert "hyperparameters" in found["v"].table.notes[0]
+    alone, _ = study(made(grid), v=TableSpec("V", "variance"))
+    assert "setting" not in {row[0].text for row in alone["v"].table.rows}
+
+
 # Studies
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        (
+            {"kind": "matrix", "rows": ["model"]},
+            "rows is nothing that kind matrix reads; it reads title, kind, metrics",
+        ),
+        ({"kind": "matrix", "published": "x"}, "published is nothing"),
+        ({"kind": "retention", "within": ["model"]}, "within is nothing that kind retention reads"),
+        ({"factor": "algo"}, "factor is nothing that kind results reads"),
+        ({"within": None}, r"within has no value; give one, \[\] for none, or leave the key out"),
+    ],
+)
+def test_what_a_table_does_not_read_is_refused(about, message):
+    with pytest.raises(ValueError, match=message):
+        TableSpec.of({"title": "T"} | about)
+
+
+def test_what_a_figure_does_not_read_is_refused_and_a_stated_cost_is_read():
+    with pytest.raises(ValueError, match="x is nothing that kind radar reads"):
+        FigureSpec.of({"title": "F", "kind": "radar", "x": "model_mb"})
+    stated = FigureSpec.of({"title": "F", "kind": "curves", "x": "model_mb"})
+    assert (stated.cost, FigureSpec("F", "curves").cost) == ("model_mb", "bits_per_linear_weight")
+
+
+@pytest.mark.parametrize("key", ["rows", "columns", "within", "where"])
+def test_a_label_that_no_record_has_is_refused(key):
+    stated = {"modle": "micro*"} if key == "where" else ["model", "modle"]
+    _, lacking = study(made(Grid()), t=TableSpec.of({"title": "T", key: stated}))
+    assert lacking["t"].startswith("no record has a label or a key modle; there are the labels model, algo")
+    _, lacking = study(made(Grid()), w=TableSpec("W", "wins", factor="modle"))
+    assert "key modle" in lacking["w"]
+
+
+def test_a_key_that_some_config_has_is_a_label():
+    found, lacking = study(made(Grid()), t=TableSpec("T", rows=(*ROWS, "calib.n_samples")))
+    assert not lacking
+    assert found["t"].table.columns[3] == "calib.n_samples"
 
 
 def test_a_study_says_what_is_missing_and_makes_the_rest():
@@ -338,7 +470,7 @@ SPECS["results"] = replace(
 
 
 def written(folder, source):
-    found, lacking = tables(SPECS, list(source.all()), source)
+    found, lacking = study_tables(SPECS, list(source.all()), source)
     assert not lacking
     for name, one in found.items():
         write(one, folder, name)
@@ -361,10 +493,10 @@ def test_tables_are_the_same_files_from_a_folder_and_from_its_mirror(tmp_path, u
 def test_published_numbers_stand_beside_runs_of_their_protocol_alone():
     about = replace(SPECS["results"], rows=(*ROWS, "calib"))
     source = Memory(made(replace(WIDE, calibs=("wikitext2",))))
-    ours, _ = tables({"t": about}, list(source.all()), source)
+    ours, _ = study_tables({"t": about}, list(source.all()), source)
     assert ours["t-published"].numbers["ours"].notna().any()
     short = Memory(made(replace(WIDE, identity={"evaluation.seq_len": 512})))
-    theirs, _ = tables({"t": about}, list(short.all()), short)
+    theirs, _ = study_tables({"t": about}, list(short.all()), short)
     assert not theirs["t-published"].numbers["ours"].notna().any()
 
 
@@ -398,6 +530,15 @@ def test_files_escape_cells_titles_and_notes(tmp_path):
     rows = [line for line in text[".md"].splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in rows} == {3}
     assert "1.0 best" in text[".csv"]
+
+
+def test_labels_of_two_studies_differ_in_latex(tmp_path):
+    texts = []
+    for study_name in ("calibration", "llm_qbench/calibration"):
+        write(awkward(), tmp_path, "t", study_name)
+        texts.append((tmp_path / "t.tex").read_text())
+    assert "\\label{tab:calibration-t}" in texts[0]
+    assert "\\label{tab:llm_qbench-calibration-t}" in texts[1]
 
 
 @pytest.mark.parametrize(

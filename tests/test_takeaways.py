@@ -12,14 +12,17 @@ import pytest
 from rich.console import Console
 
 from qbench.quant.scheme import Scheme
+from qbench.report.pairs import p_text
 from qbench.report.power import detectable
+from qbench.report.protocols import usual
 from qbench.report.takeaways import page_takeaway, shipped_claims, show, takeaways, untested, write
 from qbench.report.takeaways.algorithms import parts_of
-from qbench.report.takeaways.answer import windows_needed
+from qbench.report.takeaways.answer import shown_p, windows_needed
 from qbench.report.takeaways.budget import front
 from qbench.report.takeaways.claims import KINDS, read_claims
 from qbench.report.takeaways.evidence import Evidence
 from qbench.report.takeaways.naming import named
+from qbench.report.takeaways.trial import of_schemes
 
 ROOT = Path(__file__).parents[1]
 WINDOWS = 24
@@ -285,13 +288,38 @@ def test_whether_the_own_set_is_best_is_told(expect, own, verdict):
     assert made.one("claim", claim(test)).verdict == verdict
 
 
-@pytest.mark.parametrize(("sign", "verdict"), [(-1, "supported"), (1, "contradicted"), (0, "undecided")])
-def test_whether_perplexity_tells_tasks_is_told(sign, verdict):
+def of_models(signs):
+    """Six recipes of each model, whose accuracy falls (-1) or rises (1) with perplexity, or neither."""
     made = Records()
-    for i, scheme in enumerate(["w2a16", "w3a16", "w4a16", "w5a16", "w6a16", "w8a16"]):
-        bent = 0.02 * (i % 2) if sign == 0 else 0.0
-        made.add("rtn", scheme, effects=0.1 * i, accuracy=0.5 + sign * 0.05 * i + bent)
-    assert made.one("claim", claim({"kind": "correlation"})).verdict == verdict
+    for model, sign in enumerate(signs):
+        one = Records(seed=model)
+        for i, scheme in enumerate(["w2a16", "w3a16", "w4a16", "w5a16", "w6a16", "w8a16"]):
+            bent = 0.02 * (i % 2) if sign == 0 else 0.0
+            one.add("rtn", scheme, effects=0.1 * i, accuracy=0.5 + sign * 0.05 * i + bent)
+        for record in one.records:
+            name = f"{model}-{record['fingerprint']}"
+            made.rows[name] = one.rows[record["fingerprint"]]
+            record["fingerprint"], record["identity"]["model"]["id"] = name, f"m{model}"
+            record["labels"]["model"] = f"m{model}"
+        made.records += one.records
+    return made
+
+
+@pytest.mark.parametrize(
+    ("signs", "verdict"),
+    [
+        ((-1, -1), "supported"),
+        ((1, 1), "contradicted"),
+        ((0, 0), "undecided"),
+        ((-1,), "undecided"),
+        ((-1, 0), "undecided"),
+        ((-1, 1), "undecided"),
+    ],
+)
+def test_perplexity_tells_tasks_only_where_two_models_agree(signs, verdict):
+    found = of_models(signs).one("claim", claim({"kind": "correlation"}))
+    assert found.verdict == verdict
+    assert "not independent" in found.confidence
 
 
 def several():
@@ -447,3 +475,128 @@ def test_claims_need_their_keys_and_an_id_of_their_own():
     )  # fmt: skip
     with pytest.raises(ValueError, match="claims x are stated more than once"):
         read_claims(text)
+
+
+def as_evaluated(record, windows):
+    """The record's protocol says that at most these windows were read."""
+    record["identity"]["evaluation"]["max_windows"] = windows
+
+
+def test_the_same_windows_under_two_protocols_count_once():
+    made = Records().add("rtn", effects=0.1, texts=("a",)).add("hqq", texts=("a",))
+    for record in list(made.records):
+        as_evaluated(record, WINDOWS)
+        half = {**record, "fingerprint": f"{record['fingerprint']}-half", "identity": {**record["identity"]}}
+        half["identity"]["evaluation"] = {"seq_len": 64, "max_windows": WINDOWS // 2, "limit": None}
+        made.records.append(half)
+        made.rows[half["fingerprint"]] = made.rows[record["fingerprint"]][: WINDOWS // 2]
+    found = made.one("algorithm")
+    assert f"on 1 text (a); {WINDOWS} windows" in found.confidence
+
+
+def test_the_protocol_that_most_recipes_have_is_used_though_another_is_longer():
+    assert usual([{"ppl/a [64 x 8]": 8}, {"ppl/a [64 x 8]": 8, "ppl/a [64 x 16]": 16}]) == ("ppl/a [64 x 8]",)
+    assert usual([{"ppl/a [64 x 8]": 8, "ppl/a [64 x 16]": 16, "ppl/b [64]": 4}]) == (
+        "ppl/a [64 x 16]",
+        "ppl/b [64]",
+    )
+
+
+def test_texts_that_no_recipe_shares_with_those_of_others_do_not_silence_the_answer():
+    made = Records().add("rtn", effects=0.1, texts=("a",)).add("hqq", texts=("a",))
+    made.add("mse", effects=0.1, texts=("b", "c")).add("x", texts=("b", "c"))
+    found = made.one("algorithm")
+    assert "on 2 texts (b, c)" in found.confidence
+    assert "left out for other texts" in found.confidence
+    assert "hqq and rtn" in found.confidence
+
+
+def test_every_answer_says_which_recipes_lack_its_texts():
+    made = three_sets()
+    made.add("gptq", calib="d", texts=("c",))
+    assert made.one("calibration").confidence.endswith(": d")
+    made = Records().add("rtn", "w2a16", effects=0.5, mb=2).add("rtn", "w4a16", mb=4)
+    made.add("hqq", "w8a16", texts=("c",), mb=8)
+    assert made.one("budget").confidence.endswith(": hqq w8a16")
+
+
+def test_a_step_with_two_doubts_is_one_step():
+    made = Records(noise=0.5).add("rtn", "w2a16", effects=3.0, mb=2)
+    for i, scheme in enumerate(["w4a16", "w4a16g128", "w4a16g64"]):
+        made.add("rtn", scheme, effects=0.01 * i, mb=4)
+    made.add("hqq", "w5a16", effects=-0.001, mb=5).add("mse", "w5a16g128", effects=-0.001, mb=5)
+    for one in made.answers():
+        if found := re.search(r"in (\d+) of (\d+) steps", one.sentence):
+            assert int(found[1]) <= int(found[2])
+            break
+    else:
+        pytest.fail("no step is in doubt")
+
+
+def at_margin(names, t=0.0, margin=0.05):
+    """Recipes whose mean is beyond the margin by `t` standard errors of windows."""
+    made = Records(noise=0.0).add("fp", "w16a16", texts=("a",))
+    step = np.resize([-1.0, 1.0], WINDOWS)
+    step += t * step.std(ddof=1) / np.sqrt(WINDOWS)
+    floating = [v for _, _, v in made.rows["fp-w16a16-None-None"]]
+    for name in names:
+        made.add(name, "w8a8", texts=("a",))
+        row = made.rows[f"{name}-w8a8-None-None"]
+        losses = np.array(floating) + np.log1p(margin) + 0.01 * step
+        made.rows[f"{name}-w8a8-None-None"] = [(m, i, v) for (m, i, _), v in zip(row, losses, strict=True)]
+    return made
+
+
+LOSSLESS = {"kind": "lossless", "algo": ["x*"], "schemes": ["w8a8"], "margin": 0.05}
+
+
+def test_many_recipes_at_the_margin_do_not_make_one_surely_fail():
+    assert at_margin(["x"], t=2.5).one("claim", claim(LOSSLESS)).verdict == "contradicted"
+    # One of 20 is as far beyond the margin as chance alone makes the farthest of 20 be.
+    many = at_margin(["x"], t=2.5)
+    others = at_margin([f"x{i}" for i in range(19)])
+    many.records += [r for r in others.records if r["labels"]["algo"] != "fp"]
+    many.rows |= {name: rows for name, rows in others.rows.items() if not name.startswith("fp")}
+    floating = np.array([v for _, _, v in many.rows["fp-w16a16-None-None"]])
+    for name, rows in others.rows.items():
+        if not name.startswith("fp"):
+            losses = floating + np.log1p(0.05) + 0.01 * np.resize([-1.0, 1.0], WINDOWS)
+            many.rows[name] = [(m, i, v) for (m, i, _), v in zip(rows, losses, strict=True)]
+    found = many.one("claim", claim(LOSSLESS))
+    assert found.verdict == "undecided"
+    assert "corrected for the claim's 20 tests" in found.confidence
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["w3a16g128-[mlp.*:w16a16]", "w3a16kv4g128", "w3a16kv4", "w4a16-wnf4", "w4a16g128-[o_proj:w8a16]"],
+)
+def test_a_claim_is_not_about_other_layers_formats_or_caches(scheme):
+    assert not of_schemes(scheme, ["w3a16*", "w4a16*", "w4a16g*"])
+    assert of_schemes(scheme, ["*"])
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w3a16g128", "w3a16-wsym", "w4a16g16-wrealzero-wscale3"])
+def test_a_claim_is_about_all_integer_variants_that_its_pattern_fits(scheme):
+    assert of_schemes(scheme, ["w3a16*", "w4a16g*"])
+    assert of_schemes("w16a16kv4-kvsym", ["w16a16kv4*"])
+
+
+def test_an_order_pairs_schemes_that_are_equal_but_for_the_bits():
+    made = Records()
+    for tail in ("g128", "g128-wsym"):
+        made.add("rtn", f"w4a16{tail}").add("rtn", f"w2a16{tail}", effects=0.5)
+    test = {
+        "kind": "order", "less": ["w4a16g128*"], "less_beside": [""], "more": ["w2a16g128*"], "more_beside": [""],
+        "algos": ["rtn"], "metrics": ["ppl/"],
+    }  # fmt: skip
+    found = made.one("claim", claim(test))
+    assert "holds in 2 of 2 comparisons" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("p", "words"), [(0.5, "p = 0.500"), (0.0004, "p < 0.001"), (float("nan"), "p unknown")]
+)
+def test_a_p_value_is_written_in_sentences_as_in_tables(p, words):
+    assert shown_p(p) == words
+    assert p_text(p) in words.replace(" ", "")

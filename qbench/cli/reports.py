@@ -113,7 +113,7 @@ def _study_tables(asked: _Asked, folder: Path, out: Any) -> int:
         for name, one in made.items():
             if not name.endswith("-published") or one.numbers["ours"].notna().any():
                 show(one.table, out)
-            paths += write(one, folder / study.name, name)
+            paths += write(one, folder / study.name, name, study.name)
         for name, reason in lacking.items():
             _say(out, f"{study.name}: {name} not made: {reason}; run `qbench -m +sweep={study.name}`")
     if not paths:

@@ -1,20 +1,23 @@
 """Tables of how metrics go together, and of what makes results differ."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
 from qbench.report.cells import Cells
 from qbench.report.correlation import pearson, spearman
-from qbench.report.labels import label
+from qbench.report.labels import label, settings
 from qbench.report.marked import Made
 from qbench.report.metrics import base, is_cost, is_perplexity, kind, lower_is_better
 from qbench.report.page.content import Cell, PageTable
 from qbench.report.results import failures
-from qbench.report.significance import SURE
+from qbench.report.significance import SURE, holm
 from qbench.report.spec import TableSpec
 from qbench.report.variance import FACTORS, decompose
 
 _LEAST = 3  # recipes without which a correlation says nothing
+_SETTING = "setting"
 
 
 def wide(cells: Cells) -> pd.DataFrame:
@@ -118,44 +121,59 @@ def variance_table(cells: Cells, spec: TableSpec, anchor: str) -> Made:
     Raises:
         ValueError: If no metric has jobs that differ.
     """
+    found, notes = _decomposed(cells)
     shares: dict[str, dict[str, Cell]] = {}
-    parts, notes, left_out = [], dict[str, None](), dict[str, None]()
-    for metric in cells.metrics:
-        try:
-            found = decompose(_jobs(cells, metric))
-        except ValueError as error:
-            notes[f"{metric}: {error}."] = None
+    left_out = dict[str, None]()
+    for _, row in found.iterrows():
+        if pd.isna(row["share"]):
+            left_out[f"{row['term']} ({row['note']})"] = None
             continue
-        parts.append(found.assign(metric=metric))
-        for _, row in found.iterrows():
-            if pd.isna(row["share"]):
-                left_out[f"{row['term']} ({row['note']})"] = None
-                continue
-            text = f"{row['share']:.1%}{'*' if row['p'] < SURE else ''}"
-            shares.setdefault(str(row["term"]), {})[metric] = Cell(text, float(row["share"]))
-    if not parts:
-        raise ValueError("; ".join(notes) or "no metric is recorded")
-    metrics = [part["metric"].iloc[0] for part in parts]
+        text = f"{row['share']:.1%}{'*' if row['p'] < SURE else ''}"
+        shares.setdefault(str(row["term"]), {})[row["metric"]] = Cell(text, float(row["share"]))
+    metrics = list(found["metric"].unique())
     rows = tuple((Cell(term), *(row.get(m, Cell("")) for m in metrics)) for term, row in shares.items())
     note = (
         "Share of the sum of squares (type II) between jobs, floating point apart, of the logarithm of perplexity and of "
-        f"other metrics as they are; * where p < {SURE}. `a:b` is how far a's effect depends on b."
+        f"other metrics as they are; * where p < {SURE} after correction for the whole table. `a:b` is how far a's effect "
+        "depends on b."
     )
+    if _SETTING in shares:
+        note += " `setting` is what jobs differ in beside the other labels, such as hyperparameters."
     if left_out:
         note += f" Left out: {', '.join(left_out)}."
     below = (note, *notes, *failures(cells.failed))
     table = PageTable(spec.title, ("", *metrics), rows, 1, below, anchor=anchor)
-    return Made(table, pd.concat(parts, ignore_index=True))
+    return Made(table, found)
 
 
-def _jobs(cells: Cells, metric: str) -> pd.DataFrame:
+def _decomposed(cells: Cells) -> tuple[pd.DataFrame, list[str]]:
+    """The terms of each metric, p corrected for all of them; and of which metrics nothing can be said, and why.
+
+    Raises:
+        ValueError: If of none.
+    """
+    told = settings([r for recipe in cells.recipes for r in recipe.records if not recipe.is_float], FACTORS)
+    factors = (*FACTORS, _SETTING) if any(told.values()) else FACTORS
+    parts, notes = [], dict[str, None]()
+    for metric in cells.metrics:
+        try:
+            parts.append(decompose(_jobs(cells, metric, told), factors).assign(metric=metric))
+        except ValueError as error:
+            notes[f"{metric}: {error}."] = None
+    if not parts:
+        raise ValueError("; ".join(notes) or "no metric is recorded")
+    found = pd.concat(parts, ignore_index=True)
+    return found.assign(p=holm(found["p"])), list(notes)
+
+
+def _jobs(cells: Cells, metric: str, told: Mapping[str, str]) -> pd.DataFrame:
     rows = []
     for recipe in cells.recipes:
         found = None if recipe.is_float else cells.result(recipe, metric)
         if found is not None:
             rows += [
                 {factor: label(r, factor) or None for factor in FACTORS}
-                | {"value": r["metrics"][base(metric)]}
+                | {_SETTING: told[r["fingerprint"]] or None, "value": r["metrics"][base(metric)]}
                 for r in recipe.records
                 if r["fingerprint"] in found.records
             ]

@@ -11,7 +11,6 @@ from qbench.report.metrics import base
 from qbench.report.page.content import Cell, PageTable
 from qbench.report.published import beside
 from qbench.report.spec import TableSpec
-from qbench.report.tables import number
 
 
 def beside_table(cells: Cells, spec: TableSpec, anchor: str) -> Made | None:
@@ -34,9 +33,9 @@ def beside_table(cells: Cells, spec: TableSpec, anchor: str) -> Made | None:
         cells_ = [Cell("" if pd.isna(row[name]) else str(row[name])) for name in labels]
         cells_ += [
             _published(row, has),
-            Cell(number(row["ours"]), float(row["ours"]), "", records) if has else Cell(""),
-            Cell(f"{row['difference']:+.2%}" if has else ""),
-            Cell(f"{row['tolerance']:.2%}" if has and not pd.isna(row["tolerance"]) else ""),
+            Cell(f"{row['ours']:.4g}", float(row["ours"]), "", records) if has else Cell(""),
+            Cell(_apart(row, row["difference"], "+") if has else ""),
+            Cell(_apart(row, row["tolerance"]) if has else ""),
             Cell({True: "yes", False: "no"}.get(row["within"], "")),
         ]
         rows.append(tuple(cells_))
@@ -47,7 +46,19 @@ def beside_table(cells: Cells, spec: TableSpec, anchor: str) -> Made | None:
     return Made(PageTable(title, columns, tuple(rows), len(labels), (note,), anchor=anchor), found)
 
 
+def _apart(row: "pd.Series[Any]", value: float, sign: str = "") -> str:
+    """A difference or tolerance: relative of perplexities, points of rates."""
+    if pd.isna(value):
+        return ""
+    if str(row["our_metric"]).startswith("ppl/"):
+        return f"{value:{sign}.2%}"
+    return f"{100 * value:{sign}.2f} points"
+
+
 def _published(row: "pd.Series[Any]", has_ours: bool) -> Cell:
     """As printed; beside a number of ours, in our unit."""
-    value = row["our_value"] if has_ours else row["value"]
-    return Cell("") if pd.isna(value) else Cell(f"{value:g}", float(value))
+    if pd.isna(row["value"]):
+        return Cell(str(row["printed"]))
+    if has_ours and row["our_value"] != row["value"]:
+        return Cell(f"{row['our_value']:.4g}", float(row["our_value"]))
+    return Cell(str(row["printed"]), float(row["value"]))

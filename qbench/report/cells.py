@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 
 from qbench.report.frame import protocol
 from qbench.report.labels import Labels as Labels
+from qbench.report.labels import draw_of, matches, settings
 from qbench.report.labels import label as label  # this is where others look for it
-from qbench.report.labels import matches, settings
 from qbench.report.metrics import base, is_cost, is_perplexity, kind
+from qbench.report.result import Result as Result
+from qbench.report.result import digests, stderr_of
 from qbench.report.significance import Draws
 from qbench.report.spec import Where
 from qbench.track.records import Record
@@ -22,27 +24,8 @@ from qbench.track.source import Source
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
-    """One recipe's number for one metric.
-
-    Attributes:
-        value: Mean over the draws; of perplexities, the geometric one.
-        stderr: Of the items and of the draws together; `None` where neither is known.
-        n_items: How many windows or documents; 0 where none were kept.
-        records: Fingerprints of its draws.
-        draws: Its items; `None` where none were kept, or the draws have different ones.
-    """
-
-    value: float
-    stderr: float | None
-    n_items: int
-    records: tuple[str, ...]
-    draws: Draws | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Recipe:
-    """The jobs of one row, which differ in their seed alone.
+    """The jobs of one row, which differ in their seeds alone.
 
     Attributes:
         labels: What the row says, in the order of the table's label columns.
@@ -74,6 +57,7 @@ class Cells:
     failed: list[Record]
     _results: dict[tuple[int, str], Result] = field(default_factory=dict)
     _orders: dict[bytes, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
+    _seeds: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -84,7 +68,7 @@ class Cells:
         columns: Sequence[str] = (),
         metrics: Sequence[str] = ("ppl/*", "acc/*"),
     ) -> "Cells":
-        """Put records together to recipes: those that differ in the seed alone are draws of one."""
+        """Put records together to recipes: those that differ in seeds alone are draws of one."""
         done = [r for r in records if r["status"] == "done"]
         named = (*rows, *columns)
         told = settings(done, named)
@@ -144,22 +128,24 @@ class Cells:
         if not mine:
             return None
         # Jobs of one recipe and one draw differ in what else was evaluated: this number is the same in both.
-        mine = list({r["labels"]["seed"]: r for r in mine}.values())
+        mine = list({self._draw(r): r for r in mine}.values())
         values = np.array([r["metrics"][name] for r in mine], dtype=float)
         fingerprints = tuple(r["fingerprint"] for r in mine)
         draws = None if is_cost(name) else self._draws(mine, name)
         value = float(np.exp(np.log(values).mean()) if is_perplexity(name) else values.mean())
         of_items = [r["metrics"].get(f"{name}_stderr") for r in mine]
-        stderr = _stderr(values, of_items)
-        return Result(value, stderr, len(draws.items) if draws else 0, fingerprints, draws)
+        stderr, texts = stderr_of(values, of_items), digests(mine, name)
+        return Result(value, stderr, len(draws.items) if draws else 0, fingerprints, draws, texts)
 
     def _several(self, name: str) -> bool:
         _ = self.metrics
         return self._ways.get(name, False)
 
     def _draws(self, records: Sequence[Record], name: str) -> Draws | None:
-        """`None` where some have no items, or other ones, or several of one document, as by the parts of a task."""
-        records = sorted(records, key=lambda r: str(r["labels"]["seed"]))
+        """`None` where some have no items, or others, or of other texts, or several of one document, as of its parts."""
+        if len({digests([r], name) for r in records}) > 1:
+            return None
+        records = sorted(records, key=self._draw)
         found = [self.items.get((r["fingerprint"], name)) for r in records]
         known = [one for one in found if one is not None]
         sorts = [self._sorted(item) for item, _ in known]
@@ -167,8 +153,14 @@ class Cells:
         if len(known) < len(records) or len(set(names)) < len(names) or any(n != names for n, _ in sorts):
             return None
         values = np.array([value[order] for (_, value), (_, order) in zip(known, sorts, strict=True)])
-        drawn = any(r["labels"]["seed"] is not None for r in records)
-        return Draws(names, values, drawn, kind(name) == "loss")
+        return Draws(names, values, any(map(self._draw, records)), kind(name) == "loss")
+
+    def _draw(self, record: Record) -> str:
+        """Its seeds, which are asked for in every metric."""
+        key = record["fingerprint"]
+        if key not in self._seeds:
+            self._seeds[key] = draw_of(record)
+        return self._seeds[key]
 
     def _sorted(self, items: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
         """Names of items in order, and the order; most jobs have the same."""
@@ -178,6 +170,13 @@ class Cells:
             order = np.argsort(names, kind="stable")
             self._orders[key] = tuple(names[order].tolist()), order
         return self._orders[key]
+
+    def floating(self, recipe: Recipe, metric: str) -> Result | None:
+        """What the very same model scored on the same text before it was quantized."""
+        mine, model = self.result(recipe, metric), recipe.records[0]["identity"]["model"]
+        same = (r for r in self.recipes if r.is_float and r.records[0]["identity"]["model"] == model)
+        found = (self.result(r, metric) for r in same) if mine is not None else ()
+        return next((one for one in found if one is not None and mine and one.texts == mine.texts), None)
 
     def columns(self) -> list[tuple[Labels, str]]:
         """The columns of numbers: what stands across, and the metric.
@@ -232,13 +231,3 @@ def _order(records: Sequence[Record]) -> Any:
         )  # fmt: skip
 
     return key
-
-
-def _stderr(values: np.ndarray, of_items: Sequence[float | None]) -> float | None:
-    """Of the mean over draws: that of the items, which all draws share, and that of the draws."""
-    known = [s for s in of_items if s is not None]
-    items = float(np.mean(known)) if known else None
-    if len(values) < 2:
-        return items
-    between = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return between if items is None else float(np.hypot(items, between))

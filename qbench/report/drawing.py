@@ -1,6 +1,5 @@
 """The figures of a study, made of records as its specification says."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +16,19 @@ from qbench.report.figures.grids import correlation_map, heat_map
 from qbench.report.figures.radar import retention_radar
 from qbench.report.figures.storage import equal_storage
 from qbench.report.figures.wins import wins_matrix
-from qbench.report.metrics import base, lower_is_better
-from qbench.report.points import axis_title, points_of, sure_of_front
-from qbench.report.retention import retention
+from qbench.report.labels import check_labels
+from qbench.report.marked import stem
+from qbench.report.metrics import lower_is_better
+from qbench.report.points import Points, axis_title, points_of, sure_of_front, why_no_cost
+from qbench.report.retention import polygons, retention, tasks
 from qbench.report.significance import SURE
 from qbench.report.spec import FigureKind, FigureSpec
 from qbench.report.tables import file_name
 from qbench.report.wins import duels
 from qbench.track.records import Record
 from qbench.track.source import Source
+
+_GROUP = ["model", "algo", "scheme", "setting"]  # of one matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +49,12 @@ def figures(
     for name, spec in specs.items():
         mine = [r for r in chosen(records, spec.where, algorithms) if r["status"] == "done"]
         try:
+            check_labels(records, spec.labels)
             if all(r["labels"]["algo"] == "fp" for r in mine):
                 raise ValueError("no record is of it")
-            found = dict(_KINDS[spec.kind](name, spec, mine, source))
-            if not found:
-                raise ValueError(f"no record has a metric like {' or '.join(spec.metrics)}")
-            drawn |= found
-        except ValueError as error:
+            for file, one in _KINDS[spec.kind](name, spec, mine, source):
+                drawn[stem(file)] = one
+        except ValueError as error:  # what was drawn before stays: one model may lack what others have
             lacking[name] = str(error)
     return drawn, lacking
 
@@ -71,85 +73,129 @@ def _cells(records: Sequence[Record], source: Source, spec: FigureSpec) -> Cells
     return Cells.of(records, source, ("model", "scheme", "algo", "calib"), metrics=spec.metrics)
 
 
-def _pareto(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:
-    names = sorted({label(r, "algo") for r in records})
+def _none(spec: FigureSpec) -> ValueError:
+    return ValueError(f"no record has a metric like {' or '.join(spec.metrics)}")
+
+
+def _points(
+    spec: FigureSpec, records: Sequence[Record], source: Source, x: str
+) -> Iterator[tuple[str, str, Points]]:
+    """By model and metric, those that are not empty.
+
+    Raises:
+        ValueError: After these, if a model had a metric, but no point.
+    """
+    measured, without = False, list[str]()
     for model, mine in _by_model(records).items():
         cells = _cells(mine, source, spec)
-        for metric in cells.metrics:
-            points, floating = points_of(cells, metric, spec.x)
-            if points.empty:
-                continue
-            lower = lower_is_better(metric)
-            points["significant"] = sure_of_front(points, lower)
-            figure = pareto(
-                points, axis_title(spec.x), metric, lower_is_better=lower, fp=floating, names=names, width=6.5
-            )
-            caption = (
-                "Bars: 95 % interval of the difference to floating point, paired. Half-filled: not surely better "
-                "than the next cheaper recipe of the front."
-            )
-            title = f"{spec.title}: {model}, {metric}"
-            yield f"{name}-{model}-{file_name(metric)}", Drawn(title, caption, figure)
+        quantized = [recipe for recipe in cells.recipes if not recipe.is_float]
+        metrics = [m for m in cells.metrics if any(cells.result(recipe, m) for recipe in quantized)]
+        found = [(metric, points_of(cells, metric, x)) for metric in metrics]
+        measured |= bool(found)
+        yield from ((model, metric, points) for metric, points in found if not points.frame.empty)
+        if found and all(points.frame.empty for _, points in found):
+            without.append(model)
+    if not measured:
+        raise _none(spec)
+    if without:
+        mine = [r for model in without for r in _by_model(records)[model]]
+        raise ValueError(f"{', '.join(without)}: {why_no_cost(mine, x)}")
+
+
+def _pareto(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:
+    names = sorted({label(r, "algo") for r in records})
+    for model, metric, found in _points(spec, records, source, spec.cost):
+        lower = lower_is_better(metric)
+        points = found.frame.assign(significant=sure_of_front(found.frame, lower))
+        figure = pareto(
+            points,
+            axis_title(spec.cost),
+            metric,
+            lower_is_better=lower,
+            fp=found.floating,
+            names=names,
+            width=6.5,
+        )
+        caption = (
+            "Bars: 95 % interval of the difference to floating point, paired. Half-filled: not surely better "
+            f"than the next cheaper recipe of the front.{found.note}"
+        )
+        yield (
+            f"{name}-{model}-{file_name(metric)}",
+            Drawn(f"{spec.title}: {model}, {metric}", caption, figure),
+        )
 
 
 def _storage(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:
     rows: dict[str, list[dict[str, object]]] = {}
-    for model, mine in _by_model(records).items():
-        cells = _cells(mine, source, spec)
-        for metric in cells.metrics:
-            points, _ = points_of(cells, metric, "model_mb")
-            lower = lower_is_better(metric)
-            best = points.sort_values("y", ascending=lower, kind="stable").drop_duplicates("scheme")
-            rows.setdefault(metric, []).extend(
-                {
-                    "model": model, "scheme": row["scheme"], "bytes": row["x"] * 1e6, "value": row["y"],
-                    "low": row["y_low"], "high": row["y_high"],
-                }
-                for _, row in best.iterrows()
-            )  # fmt: skip
-    for metric, found in rows.items():
-        figure = equal_storage(pd.DataFrame(found), metric, width=6.5)
+    notes: dict[str, str] = {}
+    for model, metric, found in _points(spec, records, source, "model_mb"):
+        lower = lower_is_better(metric)
+        best = found.frame.sort_values("y", ascending=lower, kind="stable").drop_duplicates("scheme")
+        notes[metric] = notes.get(metric, "") or found.note
+        rows.setdefault(metric, []).extend(
+            {
+                "model": model, "scheme": row["scheme"], "bytes": row["x"] * 1e6, "value": row["y"],
+                "low": row["y_low"], "high": row["y_high"],
+            }
+            for _, row in best.iterrows()
+        )  # fmt: skip
+    for metric, points in rows.items():
+        figure = equal_storage(pd.DataFrame(points), metric, width=6.5)
         caption = "The best recipe of each scheme. Bars: 95 % interval of the difference to floating point."
-        yield f"{name}-{file_name(metric)}", Drawn(f"{spec.title}: {metric}", caption, figure)
+        yield f"{name}-{file_name(metric)}", Drawn(f"{spec.title}: {metric}", caption + notes[metric], figure)
 
 
 def _curves(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:
-    x = "bits_per_linear_weight" if spec.x == "model_mb" else spec.x
     names = sorted({label(r, "algo") for r in records})
-    for model, mine in _by_model(records).items():
-        cells = _cells(mine, source, spec)
-        for metric in cells.metrics:
-            points, floating = points_of(cells, metric, x)
-            lower = lower_is_better(metric)
-            best = points.sort_values("y", ascending=lower, kind="stable").drop_duplicates(["label", "x"])
-            frame = best.rename(
-                columns={"label": "algo", "x": "bits", "y": "value", "y_low": "low", "y_high": "high"}
-            )
-            figure = bits_curves(frame, metric, lower_is_better=lower, fp=floating, names=names, width=6.5)
-            caption = "Bands: 95 % interval of the difference to floating point, paired."
-            title = f"{spec.title}: {model}, {metric}"
-            yield f"{name}-{model}-{file_name(metric)}", Drawn(title, caption, figure)
+    for model, metric, found in _points(spec, records, source, spec.cost):
+        lower = lower_is_better(metric)
+        best = found.frame.sort_values("y", ascending=lower, kind="stable").drop_duplicates(["label", "x"])
+        frame = best.rename(
+            columns={"label": "algo", "x": "bits", "y": "value", "y_low": "low", "y_high": "high"}
+        )
+        figure = bits_curves(frame, metric, lower_is_better=lower, fp=found.floating, names=names, width=6.5)
+        caption = f"Bands: 95 % interval of the difference to floating point, paired.{found.note}"
+        yield (
+            f"{name}-{model}-{file_name(metric)}",
+            Drawn(f"{spec.title}: {model}, {metric}", caption, figure),
+        )
 
 
 def _radar(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:
+    lacking, measured = list[str](), False
     for model, mine in _by_model(records).items():
-        found, out = retention(_cells(mine, source, spec))
-        if found.empty:
+        cells = _cells(mine, source, spec)
+        if not cells.metrics:
             continue
-        if (n := found["metric"].nunique()) < 3:
-            raise ValueError(f"a radar needs three tasks above guessing, there are {n}")
-        frame = found.assign(
-            scheme=found["algo"] + " " + found["scheme"], task=[base(m).partition("/")[2] for m in found["metric"]],
-            retention=found["value"],
-        )  # fmt: skip
-        caption = "Share of the accuracy above guessing that is kept."
-        caption += f" Left out: {', '.join(out)}." if out else ""
+        measured = True
+        found, out = retention(cells)
+        left_out = f" Left out: {', '.join(out)}." if out else ""
+        if not found.empty:
+            found = found.assign(task=tasks(found["metric"]), scheme=polygons(found, cells.names))
+        if found.empty or (n := found["task"].nunique()) < 3:
+            lacking.append(
+                f"{model}: a radar needs three tasks above guessing, there are {0 if found.empty else n}.{left_out}"
+            )
+            continue
+        frame = found.rename(columns={"value": "retention"})
+        caption = f"Share of the accuracy above guessing that is kept.{left_out}"
         yield f"{name}-{model}", Drawn(f"{spec.title}: {model}", caption, retention_radar(frame, width=6.5))
+    if not measured:
+        raise _none(spec)
+    if lacking:
+        raise ValueError(" ".join(lacking).removesuffix("."))
 
 
 def _matrix(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:
-    found = matrix.compare(matrix.losses(records, source.samples))
-    for key, part in found.groupby(["model", "algo", "scheme", "setting"], sort=False):
+    found = matrix.compare(matrix.losses(records, source.samples, spec.metrics))
+    if found.empty:
+        raise _none(spec)
+    if found.groupby(_GROUP, sort=False)["calib"].nunique().max() < 2:
+        raise ValueError(
+            f"one calibration set ({found['calib'].iloc[0]}) was used for each recipe, a matrix needs two"
+        )
+    for key, part in found.groupby(_GROUP, sort=False):
         if part["calib"].nunique() < 2:
             continue
         title = " ".join(filter(None, map(str, key)))
@@ -163,9 +209,8 @@ def _matrix(name: str, spec: FigureSpec, records: Sequence[Record], source: Sour
         caption = (
             "Perplexity and how much worse than the column's best; * surely worse (p < 0.05, corrected)."
         )
-        stem = re.sub(r"[^\w.+-]+", "-", f"{name}-{title}")
         figure = heat_map(values, changes, marks, shade="worse than the best", width=6.5)
-        yield stem, Drawn(f"{spec.title}: {title}", caption, figure)
+        yield f"{name}-{title}", Drawn(f"{spec.title}: {title}", caption, figure)
 
 
 def _wins(name: str, spec: FigureSpec, records: Sequence[Record], source: Source) -> Drawings:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qbench.report.labels import short
 from qbench.track.records import flatten
 
 LABELS = ["model", "algo", "scheme", "wbits", "abits", "kvbits"]
@@ -88,12 +89,8 @@ def protocol(record: dict[str, Any], metric: str) -> str:
     return f"[{', '.join(marks)}]"
 
 
-def differences(records: list[dict[str, Any]], ignored: tuple[str, ...] = ()) -> dict[str, str]:
-    """By fingerprint: what tells a job from the others of its model, algorithm and scheme.
-
-    Args:
-        ignored: Beginnings of keys of the identity that are not looked at.
-    """
+def differences(records: list[dict[str, Any]]) -> dict[str, str]:
+    """By fingerprint: what tells a job from the others of its model, algorithm and scheme."""
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
         labels = record["labels"]
@@ -101,15 +98,15 @@ def differences(records: list[dict[str, Any]], ignored: tuple[str, ...] = ()) ->
         alike.setdefault(key, []).append(record)
     found: dict[str, str] = {}
     for group in alike.values():
-        flats = _unlike(group, (*_ALREADY_SHOWN, *ignored))
+        flats = _unlike(group)
         keys = dict.fromkeys(key for flat in flats.values() for key in flat)
         differing = [key for key in keys if len({str(flat.get(key, "-")) for flat in flats.values()}) > 1]
         for fingerprint, flat in flats.items():
-            found[fingerprint] = ", ".join(f"{_short(key)}={flat.get(key, '-')}" for key in differing)
+            found[fingerprint] = ", ".join(f"{short(key)}={flat.get(key, '-')}" for key in differing)
     return found
 
 
-def _unlike(group: list[dict[str, Any]], ignored: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _unlike(group: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By fingerprint: the leaves of those branches of the identity that are not the same in all records, and the Python."""
     # Most branches are the same in all of a group, and flattening them takes longer than all else.
     branches = dict.fromkeys(name for record in group for name in record["identity"])
@@ -117,12 +114,7 @@ def _unlike(group: list[dict[str, Any]], ignored: tuple[str, ...]) -> dict[str, 
     found = {}
     for record in group:
         flat = flatten({name: record["identity"][name] for name in unlike if name in record["identity"]})
-        flat = {key: value for key, value in flat.items() if not key.startswith(ignored)}
+        flat = {k: v for k, v in flat.items() if not k.startswith(_ALREADY_SHOWN)}
         flat["python"] = record["environment"]["versions"]["python"]  # embedded text changes with it
         found[record["fingerprint"]] = flat
     return found
-
-
-def _short(key: str) -> str:
-    """`algorithm.steps.0.n_grid` -> `n_grid`, `calib.name` -> `calib`."""
-    return "calib" if key == "calib.name" else key.rpartition(".")[2]

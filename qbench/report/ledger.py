@@ -1,5 +1,6 @@
 """Every published number: have we a run of it, how far is that, and if not, why not, or which command would make one."""
 
+import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ _COLUMNS = [
     "scheme",
     "calib",
     "samples",
+    "recipe",
     "fingerprint",
     "metric",
     "value",
@@ -27,6 +29,12 @@ _COLUMNS = [
 ]
 _EXAMPLES = 20  # flagged numbers in the terminal
 _SHOWN = ["number", "model", "method", "scheme", "dataset", "printed", "flags"]
+
+
+def _seedless(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _seedless(value) for key, value in tree.items() if key != "seed"}
+    return [_seedless(one) for one in tree] if isinstance(tree, list) else tree
 
 
 def cells_of(records: Iterable[dict[str, Any]], metrics: Iterable[str]) -> pd.DataFrame:
@@ -38,6 +46,8 @@ def cells_of(records: Iterable[dict[str, Any]], metrics: Iterable[str]) -> pd.Da
         labels, calib = record["labels"], record["identity"].get("calib") or {}
         common = {key: labels[key] for key in ("model", "algo", "scheme", "calib")}
         common["samples"] = f"{calib['n_samples']}x{calib['seq_len']}" if calib else None
+        algorithm = json.dumps(_seedless(record["identity"]["algorithm"]), sort_keys=True)
+        common["recipe"] = algorithm  # its hyperparameters, seeds apart
         common["fingerprint"] = record["fingerprint"]
         for metric in sorted(wanted & set(record["metrics"])):
             value, error = record["metrics"][metric], record["metrics"].get(f"{metric}_stderr")

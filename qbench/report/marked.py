@@ -1,6 +1,7 @@
 """Tables whose cells are marked: in the terminal, and as CSV, Markdown, LaTeX and HTML files."""
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,14 +101,23 @@ def _styled(cell: Cell) -> Text:
     return Text(plain(cell))
 
 
-def write(made: Made, folder: Path, name: str) -> list[Path]:
-    """Write `<name>.csv`, `.md`, `.tex` (booktabs), `.html`, and `<name>-numbers.csv`."""
+def stem(text: str) -> str:
+    """Any text as the name of a file, without folders."""
+    return re.sub(r"[^\w.+-]+", "-", text)
+
+
+def write(made: Made, folder: Path, name: str, study: str = "") -> list[Path]:
+    """Write `<name>.csv`, `.md`, `.tex` (booktabs), `.html`, and `<name>-numbers.csv`.
+
+    Args:
+        study: Of which the table is; LaTeX's labels of two studies must differ.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = made.table
     written = {
         "csv": _frame(table, "csv").to_csv(index=False),
         "md": _markdown(table),
-        "tex": _latex(table),
+        "tex": _latex(table, study),
         "html": _page(table),
     }
     paths = []
@@ -125,14 +135,14 @@ def _markdown(table: PageTable) -> str:
     return "\n\n".join([f"## {_md(table.title)}", body, *map(_md, table.notes)]) + "\n"
 
 
-def _latex(table: PageTable) -> str:
+def _latex(table: PageTable, study: str) -> str:
     """A floating table with its notes below it; needs booktabs."""
     text: str = _frame(table, "tex").to_latex(
         index=False,
         escape=False,
         column_format="l" * table.n_labels + "r" * (len(table.columns) - table.n_labels),
         caption=tex(table.title),
-        label=f"tab:{table.anchor}",
+        label=f"tab:{stem('-'.join(filter(None, (study, table.anchor))))}",
     )
     notes = "".join(f"\\par\\footnotesize {tex(note)}\n" for note in table.notes)
     return text.replace("\\end{table}", f"{notes}\\end{{table}}")

@@ -1,9 +1,9 @@
 """Calibration sets down, evaluation texts across: does it matter on which text a model is calibrated?
 
-Two things are drawn at random: the calibration samples (by the seed) and the windows that are evaluated. A difference
-counts only where it is sure on both grounds: between the draws of two sets (Welch's t-test of their perplexities on these
-windows) and between windows (a paired t-test of the means over draws). The larger of the two p-values is that of
-claiming both (an intersection-union test; Berger 1982); with a single draw of each there is the second test alone.
+Two things are drawn at random: what a job draws by its seeds (calibration samples, a rotation) and the windows that are
+evaluated. A difference counts only where it is sure on both grounds: between the draws of two sets (Welch's t-test of their
+perplexities on these windows) and between windows (a paired t-test of the means over draws). The larger of the two p-values
+is that of claiming both (an intersection-union test; Berger 1982); with a single draw of each the second test is alone.
 """
 
 from collections.abc import Sequence
@@ -15,52 +15,59 @@ import pandas as pd
 from rich.console import Console
 
 from qbench.report import significance
-from qbench.report.frame import differences, protocol
+from qbench.report.frame import protocol
+from qbench.report.labels import draw_of, matches, settings
 from qbench.report.paired import Samples
+from qbench.report.result import digests
 from qbench.report.significance import Draws, holm
 from qbench.report.tables import print_table, save
 
 _SURE = 0.05
 _GROUP = ["model", "algo", "scheme", "setting"]
-_DRAWN = (
-    "calib.name",
-    "calib.seed",
-    "calib.recipe",
-    "calib.mix",
-    "calib.files",
-)  # of the identity: what is compared
 
 
-def losses(records: Sequence[dict[str, Any]], samples: Samples) -> pd.DataFrame:
+def losses(
+    records: Sequence[dict[str, Any]], samples: Samples, metrics: Sequence[str] = ("ppl/*",)
+) -> pd.DataFrame:
     """Windows' mean negative log-likelihoods of all calibrated jobs.
 
+    Args:
+        metrics: Patterns of the perplexities that are wanted.
+
     Returns:
-        One row for each job, text and window: model, algo, scheme, setting (what else tells jobs apart), calib, seed, text
-        (with its protocol), own (whether it is the calibration set's own text), item, value.
+        One row for each job, text and window: model, algo, scheme, setting (what else tells jobs apart), calib, seed (all
+        seeds of the job, as text), text (with its protocol), own (whether it is the calibration set's own text), item,
+        value.
 
     Raises:
         ValueError: If no record is of a calibrated job.
     """
     mine = [r for r in records if r["status"] == "done" and r["labels"]["calib"] is not None]
-    settings, parts = differences(mine, _DRAWN), []
+    told, parts = settings(mine, (*_GROUP[:3], "calib")), []
     ways: dict[str, set[str]] = {}
     for record in mine:
         for metric in record["metrics"]:
-            ways.setdefault(metric, set()).add(protocol(record, metric))
+            ways.setdefault(metric, set()).add(_way(record, metric))
     for record in mine:
-        labels = record["labels"] | {"setting": settings[record["fingerprint"]]}
+        labels = record["labels"] | {"setting": told[record["fingerprint"]]}
         found = pd.DataFrame(samples(record["fingerprint"]), columns=["metric", "item", "value"])
-        found = found[found["metric"].str.startswith("ppl/")]
+        found = found[[m.startswith("ppl/") and matches(m, metrics) for m in found["metric"]]]
         metric = found.pop("metric")
-        shown = {m: f" {protocol(record, m)}" if len(ways[m]) > 1 else "" for m in metric.unique()}
+        shown = {m: f" {_way(record, m)}" if len(ways[m]) > 1 else "" for m in metric.unique()}
         found["text"] = [m.removeprefix("ppl/") + shown[m] for m in metric]
         found["own"] = metric == f"ppl/{labels['calib']}"
-        for key in (*_GROUP, "calib", "seed"):
+        for key in (*_GROUP, "calib"):
             found[key] = labels[key]
+        found["seed"] = draw_of(record)
         parts.append(found)
     if not parts:
         raise ValueError("no job with a calibration set is recorded; run e.g. `qbench -m +sweep=calibration`")
     return pd.concat(parts, ignore_index=True)
+
+
+def _way(record: dict[str, Any], metric: str) -> str:
+    """The protocol, and which text went by that name."""
+    return " ".join([protocol(record, metric), *(f"@{digest[:6]}" for digest in digests([record], metric))])
 
 
 def compare(frame: pd.DataFrame) -> pd.DataFrame:

@@ -6,8 +6,16 @@ from typing import Literal
 Kind = Literal["loss", "binary", "real"]
 
 _LOSSES = ("ppl", "decode_ppl", "bpb")
-_LOWER = {*_LOSSES, "kl", "flips", "right_to_wrong", "drop", "truncated", "unjudged", "perplexity"}
-_REAL = ("kl", "judge", "rouge", "bleu", "chrf", "f1", "bertscore", "drop", "mcc")
+# lm-eval's metrics of which less is better are among these.
+_LOWER = {
+    *_LOSSES, "kl", "flips", "right_to_wrong", "drop", "truncated", "unjudged", "perplexity", "word_perplexity",
+    "byte_perplexity", "bits_per_byte", "likelihood_diff", "pct_stereotype", "brier_score", "ter", "wer", "cer",
+}  # fmt: skip
+# Rates of items that are so or not; what is in neither is any number.
+_BINARY = (
+    "acc", "exact_match", "em", "pass@", "agreement", "flips", "right_to_wrong", "wrong_to_right", "pct_stereotype",
+    "contains", "truncated", "unjudged",
+)  # fmt: skip
 _RATES = ("per_s", "per_second", "throughput")  # of costs, the ones of which more is better
 
 
@@ -36,7 +44,9 @@ def kind(metric: str) -> Kind:
     if is_cost(metric):
         return "real"
     family = _family(metric)
-    return "loss" if family in _LOSSES else "real" if family.startswith(_REAL) else "binary"
+    if family in _LOSSES:
+        return "loss"
+    return "binary" if family.partition("_")[0] in _BINARY or family.startswith(_BINARY) else "real"
 
 
 def is_perplexity(metric: str) -> bool:

@@ -1,6 +1,9 @@
 """Recipes as points of a figure: what they cost, how good they are, and what is sure of it."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,13 +11,15 @@ import pandas as pd
 from qbench.deploy.devices import device
 from qbench.deploy.roofline import Phase, bits_of, latency
 from qbench.models.shape import Shape
-from qbench.report.cells import Cells, Recipe, Result
+from qbench.report.cells import Cells, Recipe
 from qbench.report.figures.fronts import on_front
-from qbench.report.metrics import base
+from qbench.report.metrics import is_cost, is_perplexity
+from qbench.report.result import Result, same_items
 from qbench.report.significance import SURE, differences, holm
 from qbench.track.records import Record
 
 _CONTEXT = 2048  # tokens that a step of decoding looks back on, and that a prefill reads
+_ROOF = re.compile(r"(prefill|decode)_ms@([\w-]+)")
 _AXES = {
     "model_mb": "stored size, MB", "calib_time_s": "calibration and quantization, s",
     "bits_per_weight": "stored bits a weight", "bits_per_linear_weight": "stored bits a linear weight",
@@ -22,58 +27,84 @@ _AXES = {
 }  # fmt: skip
 
 
-def points_of(cells: Cells, metric: str, x: str) -> tuple[pd.DataFrame, float | None]:
-    """Recipes with a cost and a metric, and the floating-point model's value.
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Recipes with a cost and a metric.
 
-    Returns:
-        Columns label, scheme, x, y, y_low, y_high (what is known of the difference to floating point, as values), and the
-        draws behind them.
+    Attributes:
+        frame: Columns label, scheme, calib, x, y, y_low, y_high (what is known of the difference to floating point, as
+            values), and the draws behind them.
+        floating: What the one floating-point model behind them has; `None` where there is none, or several.
+        other_text: How many recipes are left out, since they read another text of that name than most.
     """
-    floats = {_model(r): cells.result(r, metric) for r in reversed(cells.recipes) if r.is_float}
-    rows = []
+
+    frame: pd.DataFrame
+    floating: float | None
+    other_text: int = 0
+
+    @property
+    def note(self) -> str:
+        n = self.other_text
+        return (
+            f" Left out: {n} recipe{'s' if n > 1 else ''} that read another text of that name." if n else ""
+        )
+
+
+def points_of(cells: Cells, metric: str, x: str) -> Points:
+    """The quantized recipes that have both, of one text: numbers of two are not to be ranked."""
+    rows, texts = list[dict[str, Any]](), list[tuple[str, ...]]()
     for recipe in cells.recipes:
-        floating = floats.get(_model(recipe))
-        found = cells.result(recipe, metric)
-        cost = cost_of(recipe, x)
-        if recipe.is_float or found is None or cost is None:
+        found = None if recipe.is_float else cells.result(recipe, metric)
+        if found is None or (cost := cost_of(recipe, x)) is None:
             continue
+        floating = cells.floating(recipe, metric)
         low, high = _interval(found, floating, metric)
         labels = dict(zip(cells.names, recipe.labels, strict=True))
+        texts.append(found.texts)
         rows.append({
             "label": labels["algo"], "scheme": labels["scheme"], "calib": labels["calib"], "x": cost,
             "y": found.value, "y_low": low, "y_high": high, "draws": found.draws,
+            "fp": floating.value if floating else None,
         })  # fmt: skip
+    usual = max(texts, key=texts.count, default=())
+    kept = [row for row, text in zip(rows, texts, strict=True) if text == usual]
+    floats = dict.fromkeys(fp for row in kept if (fp := row.pop("fp")) is not None)
     columns = ["label", "scheme", "calib", "x", "y", "y_low", "y_high", "draws"]
-    first = next(reversed(floats.values()), None)
-    return pd.DataFrame(rows, columns=columns), first.value if first else None
-
-
-def _model(recipe: Recipe) -> str:
-    """The very model: of a name there may be several revisions and dtypes."""
-    return str(recipe.records[0]["identity"]["model"])
+    line = next(iter(floats)) if len(floats) == 1 else None
+    return Points(pd.DataFrame(kept, columns=columns), line, len(rows) - len(kept))
 
 
 def _interval(found: Result, floating: Result | None, metric: str) -> tuple[float, float]:
-    if floating is None or found.draws is None or floating.draws is None:
-        return float("nan"), float("nan")
-    if found.draws.items != floating.draws.items:
+    if floating is None or not same_items(found, floating) or found.draws is None or floating.draws is None:
         return float("nan"), float("nan")
     (difference,) = differences([(found.draws, floating.draws)])
     ends = np.array([difference.low, difference.high])
-    if base(metric).startswith(("ppl/", "decode_ppl/")):
-        return tuple(floating.value * np.exp(ends))  # type: ignore[return-value]
-    return tuple(floating.value + ends)  # type: ignore[return-value]
+    low, high = floating.value * np.exp(ends) if is_perplexity(metric) else floating.value + ends
+    return float(low), float(high)
+
+
+def why_no_cost(records: Sequence[Record], x: str) -> str:
+    """Why no recipe has this cost."""
+    if _ROOF.fullmatch(x):
+        return f"no record has the shape of its model, from which {x} is computed; run again with this qbench"
+    known = dict.fromkeys(name for record in records for name in record["metrics"] if is_cost(name))
+    shown = [name for name in known if not name.endswith("_stderr")]
+    return f"no record has a cost {x}; there are {', '.join(shown)}, and decode_ms@<device>"
 
 
 def cost_of(recipe: Recipe, x: str) -> float | None:
-    """A metric or label of a recipe, mean over its draws; `decode_ms@h100` is the roofline's; `None` where unknown."""
+    """A metric or label of a recipe, mean over its draws; `decode_ms@h100` is the roofline's; `None` where unknown.
+
+    Raises:
+        ValueError: If it is no number, or there is no such device.
+    """
     values = [_cost(record, x) for record in recipe.records]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 def _cost(record: Record, x: str) -> float | None:
-    if roof := re.fullmatch(r"(prefill|decode)_ms@([\w-]+)", x):
+    if roof := _ROOF.fullmatch(x):
         if "shape" not in record:  # of an older qbench
             return None
         phase: Phase = "prefill" if roof[1] == "prefill" else "decode"
@@ -81,11 +112,15 @@ def _cost(record: Record, x: str) -> float | None:
         found = latency(shape, bits_of(record), device(roof[2]), 1, _CONTEXT, phase, fused=True)
         return 1000 * found.seconds
     value = record["labels"].get(x, record["metrics"].get(x))
+    if isinstance(value, str):
+        raise ValueError(
+            f"{x} is {value!r}, which is no cost; name a metric, such as model_mb, or a number of bits"
+        )
     return None if value is None else float(value)
 
 
 def axis_title(x: str) -> str:
-    if roof := re.fullmatch(r"(prefill|decode)_ms@([\w-]+)", x):
+    if roof := _ROOF.fullmatch(x):
         return f"{roof[1]} on {roof[2]}, ms (roofline)"
     return _AXES.get(x, x)
 

@@ -143,7 +143,8 @@ def match(published: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
             columns `protocol` (as `frame.protocol` prints it) and `samples` (`128x2048`), they must be as published too.
 
     Returns:
-        `published` with ours (the middle one of several runs), difference and tolerance (relative for perplexity, else
+        `published` with ours (the middle one of several seeds or calibration sets; none where hyperparameters differ, told
+        by a column `recipe`), difference and tolerance (relative for perplexity, else
         absolute), within (`None` where there is no run, or a caveat) and fingerprint.
     """
     runs: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -168,6 +169,8 @@ def _run(row: Any, runs: dict[tuple[str, ...], list[dict[str, Any]]]) -> dict[st
         if (row.our_calib is None or cell["calib"] == row.our_calib)
         and (row.our_samples is None or cell.get("samples") in (None, row.our_samples))
     ]  # fmt: skip
+    if len({cell.get("recipe") for cell in found}) > 1:
+        return None  # of the same labels with other hyperparameters: which of them is the published one is not known
     found.sort(key=lambda cell: (cell["value"], cell["fingerprint"]))
     return found[(len(found) - 1) // 2] if found else None
 

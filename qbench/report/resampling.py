@@ -1,4 +1,4 @@
-"""How far a mean may be off: bootstrap intervals over items, of many rows at once."""
+"""How far a mean may be off: bootstrap intervals over items, of many rows at once, and weights for resamples of any rule."""
 
 import numpy as np
 from scipy import stats
@@ -24,6 +24,17 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if varied.any():
         ends[:, varied] = _bootstrap(values[varied])
     return ends[0], ends[1]
+
+
+def resample_weights(rng: np.random.Generator, size: int, n: int) -> np.ndarray:
+    """What each of `size` things counts in each of `n` resamples: shape `(n, size)`, rows sum to 1.
+
+    One thing fewer than there are is drawn, which makes the spread of a mean unbiased (Rao and Wu 1988): with as many as
+    there are it is too small by (size - 1) / size, half of it for two draws.
+    """
+    if size < 2:
+        return np.ones((n, size))
+    return rng.multinomial(size - 1, np.full(size, 1 / size), n) / (size - 1)
 
 
 def _bootstrap(values: np.ndarray) -> np.ndarray:

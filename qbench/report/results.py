@@ -1,15 +1,15 @@
 """Metrics of recipes: the best of each column, what ties with it, and what difference could have been seen."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from qbench.report.cells import Cells, Recipe, Result
-from qbench.report.labels import Labels, label
+from qbench.report.labels import Labels, label, title_of
 from qbench.report.marked import TIE, Made
-from qbench.report.metrics import lower_is_better, shown_effect
+from qbench.report.metrics import is_cost, lower_is_better, shown_effect
 from qbench.report.page.content import Cell, Mark, PageTable
 from qbench.report.power import table_detectable
 from qbench.report.significance import SURE, Draws, Standing, table_ties
@@ -18,7 +18,7 @@ from qbench.report.tables import COSTS, number
 from qbench.track.records import Record
 
 Group = tuple[Labels, Labels, str]  # what is compared: rows alike in `within`, what stands across, a metric
-_REASONS = 3  # failures that a note names
+_REASONS = 3  # failures or recipes that a note names
 _POWER = 0.8
 _WIDE = 1.5  # times that the least differences of a column's groups may differ, to be told as one
 
@@ -31,11 +31,13 @@ class Compared:
         standings: By group, and in it by the number of the recipe.
         groups: Those that a recipe stands in, by its number and the metric.
         unlike: Metrics in which recipes could not be compared, since they were not asked the same items.
+        bare: By metric: the recipes that have no items to compare.
     """
 
     standings: Mapping[Group, Mapping[int, Standing]]
     groups: Mapping[tuple[int, str], Sequence[Group]]
     unlike: tuple[str, ...] = ()
+    bare: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def standing(self, recipe: int, metric: str) -> Standing | None:
         """Of several groups, the one in which the recipe stands worst."""
@@ -54,15 +56,25 @@ def compared(cells: Cells, within: Sequence[str]) -> Compared:
     A recipe without calibration data is like those of every set.
     """
     members: dict[Group, dict[int, Draws]] = {}
+    texts: dict[Group, set[tuple[str, ...]]] = {}
+    bare: dict[str, list[str]] = {}
     places = _alike(cells, within)
     for metric in cells.metrics:
         for (i, across), alikes in places.items():
             found = cells.result(cells.recipes[i], metric)
-            if found is not None and found.draws is not None:
-                for alike in alikes:
-                    members.setdefault((alike, across, metric), {})[i] = found.draws
+            if found is None or is_cost(metric):
+                continue
+            if found.draws is None:
+                bare.setdefault(metric, []).append(" ".join(filter(None, cells.recipes[i].labels)))
+                continue
+            for alike in alikes:
+                members.setdefault((alike, across, metric), {})[i] = found.draws
+                texts.setdefault((alike, across, metric), set()).add(found.texts)
     members = {group: found for group, found in members.items() if len(found) > 1}
-    same = {g: len({draws.items for draws in found.values()}) == 1 for g, found in members.items()}
+    same = {
+        g: len({draws.items for draws in found.values()}) == len(texts[g]) == 1
+        for g, found in members.items()
+    }
     unlike = dict.fromkeys(group[2] for group, is_same in same.items() if not is_same)
     members = {group: found for group, found in members.items() if same[group]}
     groups: dict[tuple[int, str], list[Group]] = {}
@@ -70,7 +82,7 @@ def compared(cells: Cells, within: Sequence[str]) -> Compared:
         for i in several:
             groups.setdefault((i, group[2]), []).append(group)
     lower = {group: lower_is_better(group[2]) for group in members}
-    return Compared(table_ties(members, lower) if members else {}, groups, tuple(unlike))
+    return Compared(table_ties(members, lower) if members else {}, groups, tuple(unlike), bare)
 
 
 def _alike(cells: Cells, within: Sequence[str]) -> dict[tuple[int, Labels], list[Labels]]:
@@ -170,7 +182,17 @@ def _notes(standing: Compared, within: Sequence[str]) -> list[str]:
         )
     if standing.unlike:
         notes.append(f"Not compared, for want of equal windows or documents: {', '.join(standing.unlike)}.")
+    if standing.bare:
+        told = [f"{metric} of {_some(recipes)}" for metric, recipes in standing.bare.items()]
+        notes.append(
+            f"Not compared, for want of windows or documents that all draws kept: {'; '.join(told)}."
+        )
     return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _REASONS} more" if len(names) > _REASONS else ""
+    return ", ".join(names[:_REASONS]) + more
 
 
 def _detectable(standing: Compared) -> list[str]:
@@ -194,12 +216,6 @@ def failures(failed: Sequence[Record]) -> list[str]:
     """What could not be measured, as a note."""
     if not failed:
         return []
-    told = [f"{_title(r)} ({r['reason']})" for r in failed[:_REASONS]]
+    told = [f"{title_of(r)} ({r['reason']})" for r in failed[:_REASONS]]
     more = f" and {len(failed) - _REASONS} more" if len(failed) > _REASONS else ""
     return [f"Failed: {'; '.join(told)}{more}."]
-
-
-def _title(record: Record) -> str:
-    labels = record["labels"]
-    named = [str(labels[key]) for key in ("model", "algo", "scheme", "calib") if labels[key] is not None]
-    return " ".join(named + ([f"seed {labels['seed']}"] if labels["seed"] is not None else []))

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from qbench.report.cells import Cells, Recipe, Result
+from qbench.report.cells import Cells, Result
 from qbench.report.marked import Made
 from qbench.report.metrics import base, is_cost, lower_is_better
 from qbench.report.page.content import Cell, PageTable
+from qbench.report.result import same_items
 from qbench.report.results import failures, heading
 from qbench.report.spec import TableSpec
 from qbench.report.tables import number
@@ -42,7 +43,7 @@ def kept(mine: Result, floating: Result, chance: float) -> Kept | None:
         return None
     ratio = (mine.value - chance) / room
     stderr = None
-    if mine.draws is not None and floating.draws is not None and mine.draws.items == floating.draws.items:
+    if same_items(mine, floating) and mine.draws is not None and floating.draws is not None:
         # The ratio of two means of the same items, to first order in each item.
         one, other = mine.draws.values.mean(0) - chance, floating.draws.values.mean(0) - chance
         stderr = float(np.std((one - ratio * other) / room, ddof=1) / np.sqrt(len(one)))
@@ -55,7 +56,6 @@ def retention(cells: Cells) -> tuple[pd.DataFrame, list[str]]:
     Returns:
         A row for each recipe and task: the labels, metric, value, stderr, chance, records.
     """
-    floats = [recipe for recipe in cells.recipes if recipe.is_float]
     rows, out = [], dict[str, None]()
     for metric in cells.metrics:
         if is_cost(metric) or lower_is_better(metric):
@@ -69,9 +69,11 @@ def retention(cells: Cells) -> tuple[pd.DataFrame, list[str]]:
             if mine is None or recipe.is_float:
                 continue
             model = recipe.records[0]["labels"]["model"]
-            floating = _floating(cells, floats, recipe, metric)
+            floating = cells.floating(recipe, metric)
             if floating is None:
-                out[f"{heading((), metric)} ({model} in floating point has no such result)"] = None
+                out[
+                    f"{heading((), metric)} ({model} in floating point has no such result of the same text)"
+                ] = None
             elif (share := kept(mine, floating, chance)) is None:
                 out[f"{heading((), metric)} ({model} in floating point is not above chance)"] = None
             else:
@@ -83,11 +85,17 @@ def retention(cells: Cells) -> tuple[pd.DataFrame, list[str]]:
     return pd.DataFrame(rows), list(out)
 
 
-def _floating(cells: Cells, floats: Sequence[Recipe], recipe: Recipe, metric: str) -> Result | None:
-    """What the very same model scores before it is quantized."""
-    model = recipe.records[0]["identity"]["model"]
-    same = (r for r in floats if r.records[0]["identity"]["model"] == model)
-    return next((found for r in same if (found := cells.result(r, metric)) is not None), None)
+def tasks(metrics: "pd.Series[str]") -> list[str]:
+    """The task alone where one metric of it is there; a task may have several, and each several protocols."""
+    short = {metric: base(metric).partition("/")[2] for metric in dict.fromkeys(metrics)}
+    several = {task for task in short.values() if list(short.values()).count(task) > 1}
+    return [metric if short[metric] in several else short[metric] for metric in metrics]
+
+
+def polygons(found: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """What each share is of: algorithm and scheme, and of the other labels those in which some differ."""
+    more = [key for key in names if key not in ("model", "algo", "scheme") and found[key].nunique() > 1]
+    return [" ".join(filter(None, row)) for row in found[["algo", "scheme", *more]].itertuples(index=False)]
 
 
 def retention_table(cells: Cells, spec: TableSpec, anchor: str) -> Made:

@@ -1,14 +1,13 @@
 """The tables of a study, made of records as its specification says."""
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any
 
 from qbench.report import matrix, parts
 from qbench.report.agreement import pearson_table, spearman_table, variance_table
 from qbench.report.beside import beside_table
 from qbench.report.cells import Cells, chosen
-from qbench.report.marked import Made, of_frame
+from qbench.report.labels import check_labels, matches
+from qbench.report.marked import Made, of_frame, stem
 from qbench.report.metrics import base
 from qbench.report.results import failures, results_table
 from qbench.report.retention import retention_table
@@ -40,6 +39,7 @@ def tables(
     for name, spec in specs.items():
         mine = chosen(records, spec.where, algorithms)
         try:
+            check_labels(records, spec.labels)
             _check(mine)
             made |= _made(name, spec, mine, source)
         except ValueError as error:
@@ -89,7 +89,7 @@ def _beside(name: str, spec: TableSpec, records: Sequence[Record], source: Sourc
 
 
 def _matrix(name: str, spec: TableSpec, records: Sequence[Record], source: Source) -> dict[str, Made]:
-    found = matrix.compare(matrix.losses(records, source.samples))
+    found = matrix.compare(matrix.losses(records, source.samples, spec.metrics))
     whole, closest = matrix.table(found), matrix.closest(found)
     note = "* surely worse than the best of its column (p < 0.05 over windows and over draws, corrected)."
     notes = (note, *failures([r for r in records if r["status"] == "failed"]))
@@ -102,17 +102,13 @@ def _matrix(name: str, spec: TableSpec, records: Sequence[Record], source: Sourc
 
 def _parts(name: str, spec: TableSpec, records: Sequence[Record], source: Source) -> dict[str, Made]:
     frame = parts.by_part(records, source.samples)
-    frame = frame[[_wanted(metric, spec.metrics) for metric in frame["metric"]]]
+    frame = frame[[matches(base(str(metric)), spec.metrics) for metric in frame["metric"]]]
     if frame.empty:
         raise ValueError(f"no metric like {' or '.join(spec.metrics)} has parts")
     made, failed = {}, failures([r for r in records if r["status"] == "failed"])
     for title, table in parts.tables(frame).items():
-        file = f"{name}-{title.replace('/', '-').replace(' ', '-')}"
+        file = stem(f"{name}-{title}")
         n_labels = len({"model", "scheme", "algo", "setting"} & set(table.columns))
         shown = f"{spec.title}: {title.removesuffix(' by all')}"
         made[file] = of_frame(table, shown, file, n_labels, failed)
     return made
-
-
-def _wanted(metric: Any, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(base(str(metric)), pattern) for pattern in patterns)

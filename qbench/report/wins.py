@@ -1,7 +1,7 @@
 """How often one beats another: all else equal, counted only where the difference is sure."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -9,19 +9,21 @@ import numpy as np
 import pandas as pd
 
 from qbench.report.cells import Cells, Recipe
-from qbench.report.labels import label, recipe_of
+from qbench.report.labels import is_calibration_text, label, recipe_of
 from qbench.report.marked import Made
-from qbench.report.metrics import lower_is_better
+from qbench.report.metrics import base, lower_is_better
 from qbench.report.page.content import Cell, PageTable
+from qbench.report.protocols import usual
+from qbench.report.result import same_items
 from qbench.report.results import failures
 from qbench.report.significance import SURE, Difference, Draws, differences, holm
 from qbench.report.spec import TableSpec
 
 # Keys of a recipe's identity that go with a label.
-_OWN = {
-    "model": ("model",),
-    "algo": ("algorithm",),
-    "calib": ("calib.name", "calib.recipe", "calib.mix", "calib.files"),
+_OWN: dict[str, Callable[[str], bool]] = {
+    "model": lambda key: key.partition(".")[0] == "model",
+    "algo": lambda key: key.partition(".")[0] == "algorithm",
+    "calib": is_calibration_text,
 }
 
 # What they say in a scheme's text.
@@ -59,8 +61,9 @@ class _Duel:
 def duels(cells: Cells, factor: str) -> pd.DataFrame:
     """Every two values of a label, wherever all else is the same: other labels, hyperparameters, and the metric.
 
-    A recipe that reads no calibration data meets those of every set. Where algorithms are compared, their hyperparameters
-    are theirs, and each choice of them is a contestant.
+    Of a metric that was taken by several protocols, the one that most recipes have counts: the windows of one may be among
+    those of another. A recipe that reads no calibration data meets those of every set. Where algorithms are compared, their
+    hyperparameters are theirs, and each choice of them is a contestant.
 
     Returns:
         A row for each: one, other, metric, context (the labels both share), effect, low, high, p (corrected for all
@@ -93,11 +96,17 @@ def _duels(cells: Cells, factor: str) -> Iterator[_Duel]:
     place = {
         value: i for i, value in enumerate(dict.fromkeys(c.value for found in groups.values() for c in found))
     }
+    metrics = usual(_measured(cells, c.recipe) for found in groups.values() for c in found)
     for found in groups.values():
-        for metric in cells.metrics:
+        for metric in (m for m in cells.metrics if m in metrics):
             for one, other in combinations(sorted(found, key=lambda c: place[c.value]), 2):
                 if one.value != other.value and (duel := _duel(cells, one, other, metric)) is not None:
                     yield duel
+
+
+def _measured(cells: Cells, recipe: Recipe) -> dict[str, int]:
+    found = {metric: cells.result(recipe, metric) for metric in cells.metrics}
+    return {metric: one.n_items for metric, one in found.items() if one is not None and one.draws is not None}
 
 
 def _contestant(cells: Cells, recipe: Recipe, factor: str) -> _Contestant:
@@ -105,11 +114,11 @@ def _contestant(cells: Cells, recipe: Recipe, factor: str) -> _Contestant:
     labels = {key: label(record, key) for key in ("model", "algo", "scheme") if key != factor}
     if factor in _BITS:
         labels["scheme"] = re.sub(_BITS[factor], "", labels["scheme"], count=1)
-    own, last = _OWN.get(factor, ()), factor.rpartition(".")[2]
+    own, last = _OWN.get(factor), factor.rpartition(".")[2]
     did = {
         key: str(value)
         for key, value in recipe_of(record).items()
-        if not key.startswith(own) and not ("." in factor and key.rpartition(".")[2] == last)
+        if not (own and own(key)) and not ("." in factor and key.rpartition(".")[2] == last)
     }
     data = {key: value for key, value in did.items() if key.partition(".")[0] == "calib"}
     rest = {key: value for key, value in did.items() if key not in data}
@@ -130,7 +139,7 @@ def _duel(cells: Cells, one: _Contestant, other: _Contestant, metric: str) -> _D
     first, second = cells.result(one.recipe, metric), cells.result(other.recipe, metric)
     if first is None or second is None or first.draws is None or second.draws is None:
         return None
-    if first.draws.items != second.draws.items:
+    if not same_items(first, second):
         return None
     context = " ".join(filter(None, dict.fromkeys(one.context + other.context)))
     pair = first.draws, second.draws
@@ -162,6 +171,8 @@ def wins_table(cells: Cells, spec: TableSpec, anchor: str) -> Made:
         f"won / undecided / lost by the row against the column, over {len(found)} comparisons with all else equal; "
         f"won where p < {SURE} after correction for all of them."
     )
+    if len({base(metric) for metric in cells.metrics}) < len(cells.metrics):
+        note += " Of a metric that was taken by several protocols, the one that most recipes have is counted."
     columns = (spec.factor, *(f"against {name}" for name in names), "all")
     return Made(
         PageTable(spec.title, columns, tuple(rows), 1, (note, *failures(cells.failed)), anchor=anchor), found

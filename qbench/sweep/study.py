@@ -25,6 +25,10 @@ MULTIRUN = {"-m", "--multirun"}
 _KEYS = {"title", "source", "axes", "paper", "exclude", "tables", "figures"}
 
 
+_HOLD: dict[str, type] = {"tables": dict, "figures": dict, "exclude": list}
+_NAMES: dict[type, str] = {dict: "mapping from names", list: "list"}
+
+
 @dataclass(frozen=True)
 class Study:
     """One YAML file of `sweeps/`.
@@ -125,8 +129,11 @@ def _read(path: Path) -> Study:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not {"title", "axes", "tables"} <= content.keys() <= _KEYS:
         raise UsageError(f"{path} says {list(content)}; a study has title, axes and tables, may have {_KEYS}")
-    embedded, paper = (list(_grids(content.get(key))) for key in ("axes", "paper"))
     try:
+        for key, kind in _HOLD.items():
+            if not isinstance(content.get(key, kind()), kind):
+                raise ValueError(f"{key} is {content[key]!r}, a {_NAMES[kind]} is needed")
+        embedded, paper = (list(_grids(content.get(key))) for key in ("axes", "paper"))
         return Study(
             name=name,
             title=content["title"],
@@ -136,8 +143,8 @@ def _read(path: Path) -> Study:
             tables={key: TableSpec.of(about) for key, about in content["tables"].items()},
             figures={key: FigureSpec.of(about) for key, about in content.get("figures", {}).items()},
         )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}; docs/studies.md has an example") from error
 
 
 def _grids(content: Any) -> Iterator[Axes]:

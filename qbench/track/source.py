@@ -104,7 +104,7 @@ class MLflowSource:
         return self._folders([fingerprint])[0][1]
 
     def link(self, fingerprint: str) -> str | None:
-        """Where a browser shows the run; `None` where it is unknown or kept in a database."""
+        """Where a browser shows the run, that of a database while `mlflow ui` runs; `None` where it is unknown."""
         run = self._runs.get(fingerprint)
         return _link(self.uri, self._experiment, run.id) if run else None
 
@@ -223,21 +223,17 @@ def source_of(results: Path, uri: str | None, experiment: str) -> Source:
 
 
 def link_to_copy(marks: Marks, fingerprint: str) -> str | None:
-    """Where a browser shows the mirror's copy of a record; `None` where there is none.
-
-    A database is shown by `mlflow ui`, at its usual address, while it runs.
-    """
+    """Where a browser shows the mirror's copy of a record; `None` where there is none."""
     mark, made_for = marks.read(fingerprint), marks.folder / "experiment"
     if mark is None or not mark[1] or not made_for.is_file():
         return None
-    experiment = made_for.read_text().split()[0]
-    return _link(marks.uri, experiment, mark[1]) or f"{USUAL_UI}/#/experiments/{experiment}/runs/{mark[1]}"
+    return _link(marks.uri, made_for.read_text().split()[0], mark[1])
 
 
-def _link(uri: str, experiment: str, run: str) -> str | None:
-    if not uri.startswith(("http://", "https://")):
-        return None
-    return f"{_public(uri, uri).rstrip('/')}/#/experiments/{experiment}/runs/{run}"
+def _link(uri: str, experiment: str, run: str) -> str:
+    """A run on its server; one of a database at the usual address of `mlflow ui`."""
+    server = _public(uri, uri).rstrip("/") if uri.startswith(("http://", "https://")) else USUAL_UI
+    return f"{server}/#/experiments/{experiment}/runs/{run}"
 
 
 def _public(text: str, uri: str) -> str:

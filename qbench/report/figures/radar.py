@@ -24,15 +24,6 @@ MOST = 1.1  # the radar's edge: a quantized model that is better than the origin
 _MOST_LEVEL = 16  # tasks
 
 
-def retention(value: pd.Series, chance: pd.Series, fp: pd.Series) -> pd.Series:
-    """Share of what the floating-point model achieves above chance that is left, at least 0.
-
-    NaN where the floating-point model is not above chance: nothing is there to retain.
-    """
-    above = (fp - chance).where(fp > chance)
-    return ((value - chance) / above).clip(lower=0.0)
-
-
 @styled()
 def retention_radar(frame: pd.DataFrame, *, width: float = COLUMN) -> Figure:
     """A polygon for each scheme over tasks; the dashed ring is the floating-point model.
@@ -40,12 +31,18 @@ def retention_radar(frame: pd.DataFrame, *, width: float = COLUMN) -> Figure:
     The eight schemes with the highest mean stand out of the others; a polygon is open where a task is missing.
 
     Args:
-        frame: Columns scheme, task, retention (see `retention`; what is above 1.1 is drawn at 1.1).
+        frame: Columns scheme, task, retention (what is above 1.1 is drawn at 1.1); one row of each scheme
+            and task.
+
+    Raises:
+        ValueError: If a scheme has a task twice.
     """
     checked(frame, ["scheme", "task", "retention"], ["retention"])
-    table = frame.pivot_table(
-        index="scheme", columns="task", values="retention", aggfunc="mean", dropna=False, sort=False
-    )
+    if (twice := frame.duplicated(["scheme", "task"])).any():
+        scheme, task = frame.loc[twice, ["scheme", "task"]].iloc[0]
+        raise ValueError(f"{scheme} has {task} twice; name schemes and tasks by all that tells them apart")
+    table = frame.pivot(index="scheme", columns="task", values="retention")
+    table = table.reindex(index=frame["scheme"].unique(), columns=frame["task"].unique())
     table = table.astype(float).where(np.isfinite(table.astype(float)))
     side = min(0.72 * width if table.shape[1] <= _MOST_LEVEL else width, 4.2)
     figure = canvas(width, side)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from scipy import stats
 
 from qbench.report.cells import Cells, Recipe, Result
 from qbench.report.frame import protocol
@@ -46,6 +47,21 @@ class Candidate:
     def increase(self) -> float:
         """Of the perplexity, relative; texts count alike."""
         return float(np.expm1(np.mean([text.mean() for text in self.change])))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the increase, over windows and draws; both ends are the increase where nothing varies.
+
+        Student's, with the degrees of freedom of Welch and Satterthwaite: quantiles of few draws are too near.
+        """
+        parts = [text.mean(axis=0) / len(self.change) for text in self.change]
+        parts.append(np.mean([text.mean(axis=1) for text in self.change], axis=0))
+        spread = np.array([(part.var(ddof=1) / len(part), len(part) - 1) for part in parts if len(part) > 1])
+        half = 0.0
+        if len(spread) and (total := spread[:, 0].sum()) > 0:
+            half = stats.t.isf(0.025, total**2 / (spread[:, 0] ** 2 / spread[:, 1]).sum()) * np.sqrt(total)
+        low, high = np.expm1(np.log1p(self.increase) + np.array([-half, half]))
+        return float(low), float(high)
 
     @property
     def has_luck(self) -> bool:

@@ -1,6 +1,6 @@
 """Constraints to a choice, with its confidence, the runner-up, and what stands in the way where nothing fits.
 
-The confidence is the share of bootstrap resamples (of windows, those of all recipes together, and of calibration draws)
+The confidence is the share of bootstrap resamples (of windows, those of all recipes together, and of draws)
 in which the same rule makes the same choice: it is how often this data, drawn again, would say the same.
 """
 
@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from qbench.report.recommend.candidates import Candidate, Field
+from qbench.report.resampling import resample_weights
 
 Quantity = Literal["max_bytes", "max_ppl_increase", "max_latency"]
 Preference = Literal["quality", "size", "speed"]
@@ -111,7 +112,6 @@ def decide(field: Field, limits: Limits, preference: Preference | None = None, *
     most = np.inf if limits.max_ppl_increase is None else limits.max_ppl_increase
     rest = [i for i in range(len(all_)) if i != choice]
     second = _choose(point[None, rest], (costs[0][rest], costs[1][rest]), limits, by)[0]
-    low, high = np.quantile(drawn[:, choice], [0.025, 0.975])
     shares = np.array([(picked == i).mean() for i in range(len(all_))])
     return Decision(
         candidates=all_,
@@ -120,7 +120,7 @@ def decide(field: Field, limits: Limits, preference: Preference | None = None, *
         share=float(same.mean()),
         shares=tuple(shares.tolist()),
         order=tuple(all_[i] for i in _order(shares, point, costs, limits, by)),
-        increase=(float(low), float(high)),
+        increase=all_[choice].interval,
         surely_meets=float((drawn[:, choice] <= most).mean()),
         runner_up=all_[rest[second]] if second != _NONE else None,
         reasons=tuple(
@@ -133,14 +133,10 @@ def decide(field: Field, limits: Limits, preference: Preference | None = None, *
 
 def _resampled(field: Field, rng: np.random.Generator) -> np.ndarray:
     """Increases of perplexity of all candidates, `(RESAMPLES, n_candidates)`; windows are drawn for all alike."""
-    weights = [
-        rng.multinomial(text.shape[1], np.full(text.shape[1], 1 / text.shape[1]), RESAMPLES) / text.shape[1]
-        for text in field.floating.change
-    ]
+    weights = [resample_weights(rng, text.shape[1], RESAMPLES) for text in field.floating.change]
     found = np.empty((RESAMPLES, len(field.candidates)))
     for i, candidate in enumerate(field.candidates):
-        n_draws = len(candidate.change[0])
-        draws = rng.multinomial(n_draws, np.full(n_draws, 1 / n_draws), RESAMPLES) / n_draws
+        draws = resample_weights(rng, len(candidate.change[0]), RESAMPLES)
         texts = [((w @ text.T) * draws).sum(1) for w, text in zip(weights, candidate.change, strict=True)]
         found[:, i] = np.expm1(np.mean(texts, axis=0))
     return found

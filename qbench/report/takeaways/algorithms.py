@@ -18,6 +18,7 @@ from qbench.report.takeaways.answer import (
     evidence_of,
     interval,
     judged_on,
+    left_out,
     listed,
     more_data,
     percent,
@@ -83,11 +84,11 @@ def algorithms(evidence: Evidence) -> list[Takeaway]:
     for context in contexts(evidence):
         joint = evidence.joint(context.recipes)
         if len(joint.draws) > 1:
-            found.append(_best(evidence, context, joint))
+            found.append(_best(context, joint))
     return found
 
 
-def _best(evidence: Evidence, context: Context, joint: Joint) -> Takeaway:
+def _best(context: Context, joint: Joint) -> Takeaway:
     names = named(context.recipes, ("algo",))
     standings = ties(joint.draws, lower=True)
     order = sorted(standings, key=lambda i: (not standings[i].best, joint.draws[i].values.mean(), i))
@@ -105,16 +106,15 @@ def _best(evidence: Evidence, context: Context, joint: Joint) -> Takeaway:
         text = (
             f"{UNDECIDED}: {ahead}, but {listed([names[i] for i in tied])} may be as good{surely}. {needed}"
         )
-    left = [name for i, name in enumerate(names) if i not in joint.draws]
     return Takeaway(
         f"algorithm/{context.place}",
         f"Which algorithm for {context.shown}?",
         "undecided" if tied else "answered",
         text,
-        "; ".join(_effects(joint, standings, names, order)),
+        "; ".join(_effects(standings, names, order)),
         f"{_surest(standings, order[1:], names)}, corrected for {count(nearest.family, 'pair')}; "
         + judged_on(joint.metrics, len(joint.draws[best].items), joint.draws.values())
-        + (f"; left out for other texts: {listed(left)}" if left else ""),
+        + left_out(names, joint),
         evidence_of(context.recipes),
     )
 
@@ -135,9 +135,7 @@ def _needed(joint: Joint, nearest: Standing, best: int, second: int) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _effects(
-    joint: Joint, standings: dict[int, Standing], names: Sequence[str], order: Sequence[int]
-) -> list[str]:
+def _effects(standings: dict[int, Standing], names: Sequence[str], order: Sequence[int]) -> list[str]:
     """To the runner-up, what ties, and rounding to nearest."""
     shown = [order[1], *(i for i in order[2:] if standings[i].tie or names[i].split(" ")[0] == "rtn")]
     found = []
@@ -210,6 +208,8 @@ def _combination(context: Context, recipes: Sequence[Recipe], joint: Joint, algo
         text,
         f"perplexity of {names[whole]} beside {', '.join(effects)}",
         f"{', '.join(f'{names[i]} {shown_p(float(one))}' for i, one in zip(parts, p, strict=True))}, corrected for "
-        f"{len(parts)} comparisons; " + judged_on(joint.metrics, first.n, joint.draws.values()),
+        f"{len(parts)} comparisons; "
+        + judged_on(joint.metrics, first.n, joint.draws.values())
+        + left_out(names, joint),
         evidence_of(recipes),
     )

@@ -9,9 +9,10 @@ from statsmodels.stats.power import TTestIndPower
 
 from qbench.report.metrics import base
 from qbench.report.page.content import PageTakeaway, Verdict
+from qbench.report.pairs import p_text
 from qbench.report.power import detectable
 from qbench.report.significance import SURE, Difference, Draws
-from qbench.report.takeaways.evidence import Recipe
+from qbench.report.takeaways.evidence import Joint, Recipe
 
 POWER = 0.8
 UNDECIDED = "Not decided by these data"
@@ -77,7 +78,9 @@ def listed(names: Sequence[str], most: int = _NAMED) -> str:
 
 
 def shown_p(p: float) -> str:
-    return "p unknown" if math.isnan(p) else "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
+    """As tables show it, in a sentence."""
+    text = p_text(p)
+    return "p unknown" if not text else f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
 
 
 def count(n: int, noun: str) -> str:
@@ -101,6 +104,14 @@ def judged_on(metrics: Sequence[str], n_items: int, draws: Iterable[Draws], toge
     seeds = shown_seeds(len(d.values) for d in draws if d.drawn)
     how = ", which count by their windows" if together and len(names) > 1 else ""
     return f"on {count(len(names), 'text')} ({', '.join(names)}){how}; {count(n_items, 'window')}, {seeds}"
+
+
+def left_out(names: Sequence[str], joint: Joint) -> str:
+    """The recipes that were not compared, as the end of a sentence; empty where all were."""
+    left = [name for i, name in enumerate(names) if i not in joint.draws]
+    return (
+        f"; left out for other texts or windows, or a loss that is not finite: {listed(left)}" if left else ""
+    )
 
 
 def shown_seeds(counts: Iterable[int]) -> str:

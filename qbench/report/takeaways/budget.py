@@ -18,6 +18,7 @@ from qbench.report.takeaways.answer import (
     evidence_of,
     interval,
     judged_on,
+    left_out,
     listed,
     more_data,
     percent,
@@ -111,7 +112,8 @@ def _answer(model: str, base: str, recipes: Sequence[Recipe], joint: Joint) -> T
         doubts += [
             f"{' or '.join(sorted(other))} at the size of {names[m]}" for m, other in rivals.items() if other
         ]
-        text = f"{UNDECIDED} in {len(doubts)} of {len(steps)} steps ({listed(doubts)}). {text}"
+        doubtful = {s.mine for s in open_} | {m for m, other in rivals.items() if other}
+        text = f"{UNDECIDED} in {len(doubtful)} of {len(steps)} steps ({listed(doubts)}). {text}"
     gains = [(s, s.smaller, s.gain) for s in steps if s.gain is not None and s.smaller is not None]
     effects = [
         f"{names[s.mine]} beside {names[smaller]} {percent(d.effect, sign=True)} ({interval(d.low, d.high)})"
@@ -125,7 +127,8 @@ def _answer(model: str, base: str, recipes: Sequence[Recipe], joint: Joint) -> T
         text,
         "perplexity: " + "; ".join(effects) if effects else "one size is the best of all",
         f"{tests or 'no step to test'}, corrected for {count(family, 'pair')}; "
-        + judged_on(joint.metrics, sum(joint.sizes), joint.draws.values()),
+        + judged_on(joint.metrics, sum(joint.sizes), joint.draws.values())
+        + left_out(names, joint),
         evidence_of(recipes),
     )
 

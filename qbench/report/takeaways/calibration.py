@@ -2,8 +2,7 @@
 
 The regret of a set on a text is how far its perplexity is above that of the best set there. How sure the choice is:
 windows are drawn again, the same ones for all sets, and seeds within each set; the share of such resamples in which the
-set is chosen. One item fewer than there are is drawn each time, which makes the spread of a mean unbiased (Rao and Wu
-1988).
+set is chosen.
 """
 
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from qbench.report.resampling import resample_weights
 from qbench.report.significance import Draws, differences
 from qbench.report.takeaways.answer import (
     POWER,
@@ -20,6 +20,7 @@ from qbench.report.takeaways.answer import (
     evidence_of,
     interval,
     judged_on,
+    left_out,
     listed,
     percent,
     shown_texts,
@@ -85,23 +86,16 @@ def set_groups(evidence: Evidence) -> list[SetGroup]:
 def resampled(groups: Sequence[SetGroup], n: int = _RESAMPLES) -> list[np.ndarray]:
     """Mean losses `(n, sets, texts)` of each group in resamples; groups on the same windows meet the same windows."""
     rng = np.random.default_rng(0)
-    windows = [_weights(rng, size, n) for size in groups[0].joint.sizes]
+    windows = [resample_weights(rng, size, n) for size in groups[0].joint.sizes]
     found = []
     for group in groups:
-        seeds = [_weights(rng, len(draws.values), n) for draws in group.draws]
+        seeds = [resample_weights(rng, len(draws.values), n) for draws in group.draws]
         losses = np.empty((n, len(group.sets), len(windows)))
         for i, weights in enumerate(seeds):
             for j, of_text in enumerate(windows):
                 losses[:, i, j] = ((of_text @ group.on(i, j).values.T) * weights).sum(axis=1)
         found.append(losses)
     return found
-
-
-def _weights(rng: np.random.Generator, size: int, n: int) -> np.ndarray:
-    """Of `size` items in `n` resamples."""
-    if size < 2:
-        return np.ones((n, size))
-    return rng.multinomial(size - 1, np.full(size, 1 / size), n) / (size - 1)
 
 
 def observed(group: SetGroup) -> np.ndarray:
@@ -156,7 +150,8 @@ def _answer(group: SetGroup) -> Takeaway:
             ""
             if all(len(d.values) > 1 for d in group.draws)
             else "; the luck of a single draw is not in this"
-        ),
+        )
+        + left_out(named(group.recipes, ("calib",)), group.joint),
         evidence_of(group.recipes),
     )
 

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from qbench.report.page.content import Verdict
-from qbench.report.takeaways import trials
+from qbench.report.takeaways import tasks, trials
 from qbench.report.takeaways.answer import (
     UNDECIDED,
     Takeaway,
@@ -32,7 +32,7 @@ KINDS: Mapping[str, tuple[Callable[[Evidence, Settings], Trials], frozenset[str]
     "lossless": (trials.lossless, frozenset({"algo", "schemes", "margin"})),
     "calibration_spread": (trials.calibration_spread, frozenset({"algo", "than", "schemes"})),
     "closest_calibration": (trials.closest_calibration, frozenset({"algos", "schemes", "expect"})),
-    "correlation": (trials.correlation, frozenset()),
+    "correlation": (tasks.correlation, frozenset()),
 }
 _KEYS = {"id", "paper", "arxiv", "place", "question", "statement", "study", "published", "test"}
 
@@ -147,8 +147,10 @@ def _confidence(claim: Claim, tests: Sequence[Trial]) -> str:
     text = f"corrected for the claim's {count(len(tests), 'test')}"
     if claim.kind == "closest_calibration":
         text = "corrected for the claim's tests of all sets"
-    elif claim.kind == "lossless":
-        text = "by the 95% intervals"
+    elif claim.kind == "correlation":
+        text += (
+            "; recipes of one model are not independent, so that p is too small, and two models have to agree"
+        )
     items = sorted({trial.items for trial in tests})
     unit = "recipe" if claim.kind == "correlation" else "window" if _of_texts(claim) else "item"
     n = count(items[0], unit) if len(items) == 1 else f"{items[0]} to {items[-1]} {unit}s"

@@ -16,20 +16,15 @@ from typing import Any
 import numpy as np
 
 from qbench.report.frame import protocol
-from qbench.report.metrics import kind
+from qbench.report.labels import WHICH_TEXT, draw_of
+from qbench.report.metrics import base, kind
+from qbench.report.protocols import usual
 from qbench.report.significance import Draws
-from qbench.track.records import Record, flatten
+from qbench.track.records import Record
 from qbench.track.source import Source
 
 _Key = tuple[str, str, str, str, str, str, str]
 _FAMILIES = ("ppl/", "acc/")
-WHICH_TEXT = (
-    "name",
-    "recipe",
-    "mix",
-    "files",
-    "path",
-)  # of a calibration set's identity; the rest is how much of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +79,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """Recipes on the metrics that most of them have, those metrics' items put one after another.
+    """Recipes on the metrics that most of them share, those metrics' items put one after another.
 
     Attributes:
         metrics: With their protocols.
@@ -146,8 +141,15 @@ class Evidence:
             for name in record["metrics"]:
                 if name.startswith(family) and (record["fingerprint"], name) in self._items:
                     by_draw = found.setdefault(f"{name} {protocol(record, name)}".strip(), {})
-                    by_draw.setdefault(_draw(record), record["fingerprint"])
+                    by_draw.setdefault(draw_of(record), record["fingerprint"])
         return found
+
+    def _sizes(self, recipe: Recipe, family: str) -> dict[str, int]:
+        """How many items a recipe has of each metric."""
+        return {
+            metric: max(len(self._items[job, base(metric)][0]) for job in by_draw.values())
+            for metric, by_draw in self.metrics(recipe, family).items()
+        }
 
     def draws(self, recipe: Recipe, metrics: Sequence[str], family: str = "ppl/") -> Draws | None:
         """Items of several metrics as those of one.
@@ -160,7 +162,7 @@ class Evidence:
         seeds = sorted(set.intersection(*(set(found[metric]) for metric in metrics)))
         rows, ids = [], set()
         for seed in seeds:
-            parts = [self._items[found[m][seed], m.partition(" [")[0]] for m in metrics]
+            parts = [self._items[found[m][seed], base(m)] for m in metrics]
             ids.add(
                 tuple(
                     f"{m} {i}" for m, (items, _) in zip(metrics, parts, strict=True) for i in items.tolist()
@@ -175,11 +177,11 @@ class Evidence:
         return Draws(next(iter(ids)), values, seeds != [""], kind(metrics[0]) == "loss")
 
     def joint(self, recipes: Sequence[Recipe], family: str = "ppl/") -> Joint:
-        """Recipes on the metrics that most of them have; those that lack one of these, or differ in items, have no draws."""
-        have = [self.metrics(recipe, family) for recipe in recipes]
-        counts = Counter(metric for found in have for metric in found)
-        most = max(counts.values(), default=0)
-        metrics = tuple(sorted(m for m, n in counts.items() if n == most))
+        """Recipes on the metrics that most of them share, each by one protocol.
+
+        Those that lack one of these, or differ in items, have no draws.
+        """
+        metrics = _shared([self._sizes(recipe, family) for recipe in recipes])
         found = {i: d for i, r in enumerate(recipes) if (d := self.draws(r, metrics, family)) is not None}
         usual = Counter(draws.items for draws in found.values())
         if not usual:
@@ -196,27 +198,29 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:6]
 
 
-def _key(record: Record) -> _Key:
-    labels, identity = record["labels"], record["identity"]
-    apart = ("algorithm", "scheme", "calib", "evaluation")
-    base = {k: v for k, v in identity.items() if k not in apart}
-    base["python"] = record["environment"]["versions"]["python"]  # embedded text changes with it
-    model, algo, scheme, calib = (str(labels[key] or "") for key in ("model", "algo", "scheme", "calib"))
-    parts = (base, identity.get("algorithm"), identity.get("calib"))
-    shared, algorithm, calibration = (_canonical(_seedless(part)) for part in parts)
-    return model, algo, scheme, calib, shared, algorithm, calibration
-
-
-def _draw(record: Record) -> str:
-    """The seeds of a job as text; empty where nothing in it is drawn."""
-    flat = flatten({key: record["identity"].get(key) for key in ("algorithm", "calib")})
-    return " ".join(
-        f"{k}={v:08}" if isinstance(v, int) else f"{k}={v}" for k, v in flat.items() if _is_seed(k)
+def _shared(measured: Sequence[Mapping[str, int]]) -> tuple[str, ...]:
+    """Of the metrics that most recipes have, the largest set that the same recipes have; then that of the most items."""
+    chosen = usual(measured)
+    have = {m: frozenset(i for i, found in enumerate(measured) if m in found) for m in chosen}
+    most = max(map(len, have.values()), default=0)
+    sets = {frozenset(m for m in chosen if have[m] >= have[one]) for one in chosen if len(have[one]) == most}
+    items = {m: max(found.get(m, 0) for found in measured) for m in chosen}
+    return min(
+        (tuple(sorted(one)) for one in sets),
+        key=lambda s: (-len(s), -sum(items[m] for m in s), s),
+        default=(),
     )
 
 
-def _is_seed(key: str) -> bool:
-    return key.rpartition(".")[2] == "seed"
+def _key(record: Record) -> _Key:
+    labels, identity = record["labels"], record["identity"]
+    apart = ("algorithm", "scheme", "calib", "evaluation")
+    rest = {k: v for k, v in identity.items() if k not in apart}
+    rest["python"] = record["environment"]["versions"]["python"]  # embedded text changes with it
+    model, algo, scheme, calib = (str(labels[key] or "") for key in ("model", "algo", "scheme", "calib"))
+    parts = (rest, identity.get("algorithm"), identity.get("calib"))
+    shared, algorithm, calibration = (_canonical(_seedless(part)) for part in parts)
+    return model, algo, scheme, calib, shared, algorithm, calibration
 
 
 def _seedless(tree: Any) -> Any:

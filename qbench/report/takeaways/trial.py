@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
+from qbench.quant.scheme import BLOCK_FORMATS
+from qbench.quant.spec import FORMAT_BITS
+from qbench.report.labels import matches
 from qbench.report.metrics import lower_is_better, shown_effect
 from qbench.report.significance import SURE, Difference, Draws, differences, holm
 from qbench.report.takeaways.evidence import Evidence, Recipe
@@ -21,7 +23,7 @@ class Trial:
         speaks: 1 for the claim, -1 against it, 0 for neither.
         effect: As text, with its interval.
         size: What trials are ordered by; negative is in favour.
-        p: Corrected for the claim's tests; NaN where an interval decides.
+        p: Corrected for the claim's tests.
         items: How many windows, documents or recipes.
         seeds: Of the recipes that have any.
         needed: How much more data would decide, where it is not told from the difference.
@@ -119,5 +121,24 @@ def place(one: Recipe, other: Recipe) -> str:
     return f"{one.model}{f' calibrated on {calib}' if calib else ''}"
 
 
-def fits(text: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(text, pattern) for pattern in patterns)
+def of_schemes(scheme: str, patterns: Sequence[str]) -> bool:
+    """Whether a scheme is among those that a claim is about.
+
+    But for the pattern `*`, these have integer grids that are the same in all layers, and quantize the KV cache only if
+    the pattern says so.
+    """
+    head, *words = scheme.partition("[")[0].split("-")
+    formats = {f"{tensor}{name}" for tensor in "wa" for name in (*FORMAT_BITS, *BLOCK_FORMATS)}
+    plain = "[" not in scheme and formats.isdisjoint(words)
+    return any(
+        pattern == "*" or (plain and ("kv" in head) <= ("kv" in pattern) and matches(scheme, [pattern]))
+        for pattern in patterns
+    )
+
+
+def same_variant(schemes: tuple[str, str], patterns: tuple[str, str]) -> bool:
+    """Whether two schemes are equal but for what the patterns say, where both end in `*`."""
+    if not all(pattern.endswith("*") for pattern in patterns):
+        return True
+    rests = [scheme[len(pattern) - 1 :] for scheme, pattern in zip(schemes, patterns, strict=True)]
+    return rests[0] == rests[1]

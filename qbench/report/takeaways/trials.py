@@ -9,10 +9,8 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
-import pandas as pd
 
-from qbench.report.correlation import pearson
-from qbench.report.metrics import base
+from qbench.report.labels import matches
 from qbench.report.significance import SURE, Difference, Draws, differences, holm
 from qbench.report.takeaways.answer import interval, percent
 from qbench.report.takeaways.calibration import SetGroup, observed, resampled, set_groups, times_more
@@ -24,12 +22,11 @@ from qbench.report.takeaways.trial import (
     comparable,
     contestants,
     corrected,
-    fits,
+    of_schemes,
     place,
+    same_variant,
     tested,
 )
-
-_LEAST_RECIPES = 5  # of a correlation
 
 
 def better(evidence: Evidence, wanted: Settings) -> Trials:
@@ -37,9 +34,9 @@ def better(evidence: Evidence, wanted: Settings) -> Trials:
 
     Settings: `algo`, `than`, `schemes`, `metrics` (families: `ppl/`, `acc/`).
     """
-    mine = [r for r in evidence.recipes if fits(r.scheme, wanted["schemes"])]
-    ones = [r for r in mine if fits(r.algo, wanted["algo"])]
-    others = [r for r in mine if fits(r.algo, wanted["than"])]
+    mine = [r for r in evidence.recipes if of_schemes(r.scheme, wanted["schemes"])]
+    ones = [r for r in mine if matches(r.algo, wanted["algo"])]
+    others = [r for r in mine if matches(r.algo, wanted["than"])]
     pairs = [((a,), (b,)) for a, b in product(ones, others) if a.scheme == b.scheme and comparable(a, b)]
     found = tested(evidence, pairs, wanted["metrics"], _algorithms)
     return corrected(found), contestants(pairs)
@@ -53,17 +50,19 @@ def order(evidence: Evidence, wanted: Settings) -> Trials:
     """Schemes `less` do less harm than schemes `more`, where model, algorithm and calibration set are the same.
 
     Harm is loss in nats (or points of a task), beside that of another scheme where one is given: what 4 bits for activations
-    add to 4 bits for weights, say.
+    add to 4 bits for weights, say. Where both patterns end in `*`, it stands for the same: schemes differ in bits alone.
 
     Settings: `less`, `more` (patterns), `less_beside`, `more_beside` (patterns, empty for none), matched place by place;
     `algos`, `metrics`.
     """
-    mine = [r for r in evidence.recipes if fits(r.algo, wanted["algos"]) and not r.is_float]
+    mine = [r for r in evidence.recipes if matches(r.algo, wanted["algos"]) and not r.is_float]
     contests = []
     keys = ("less", "less_beside", "more", "more_beside")
     for less, less_beside, more, more_beside in zip(*(wanted[key] for key in keys), strict=True):
         for a, b in product(mine, mine):
-            if not (fits(a.scheme, [less]) and fits(b.scheme, [more]) and comparable(a, b)):
+            if not (of_schemes(a.scheme, [less]) and of_schemes(b.scheme, [more]) and comparable(a, b)):
+                continue
+            if not same_variant((a.scheme, b.scheme), (less, more)):
                 continue
             sides = [(a, *_beside(evidence, a, less_beside)), (b, *_beside(evidence, b, more_beside))]
             complete = [len(s) == 1 + bool(p) for s, p in zip(sides, (less_beside, more_beside), strict=True)]
@@ -80,26 +79,28 @@ def _beside(evidence: Evidence, recipe: Recipe, pattern: str) -> tuple[Recipe, .
     """The one recipe of that scheme, of the same algorithm or in floating point; empty where there is none."""
     for other in evidence.recipes if pattern else ():
         alike = other.is_float or (other.algo, other.algorithm) == (recipe.algo, recipe.algorithm)
-        if alike and fits(other.scheme, [pattern]) and comparable(recipe, other):
+        if alike and of_schemes(other.scheme, [pattern]) and comparable(recipe, other):
             return (other,)
     return ()
 
 
 def lossless(evidence: Evidence, wanted: Settings) -> Trials:
-    """Perplexity no more than `margin` above floating point's: where the 95 % interval of the relative change ends.
+    """Perplexity surely less than `margin` above floating point's (two one-sided tests; only the margin above matters).
 
     Settings: `algo`, `schemes`, `margin` (a share, as text).
     """
     floats = [r for r in evidence.recipes if r.is_float]
-    mine = [r for r in evidence.recipes if fits(r.algo, wanted["algo"]) and fits(r.scheme, wanted["schemes"])]
+    patterns = wanted["schemes"]
+    mine = [r for r in evidence.recipes if matches(r.algo, wanted["algo"]) and of_schemes(r.scheme, patterns)]
     pairs = [((a,), (b,)) for a, b in product(mine, floats) if (a.model, a.base) == (b.model, b.base)]
     limit = float(np.log1p(float(wanted["margin"][0])))
-    found = []
-    for trial in tested(evidence, pairs, ["ppl/"], lambda a, b: f"{a.algo} {a.scheme} of {place(a, b)}"):
-        if (d := trial.difference) is not None:
-            speaks = 1 if d.high < limit else -1 if d.low > limit else 0
-            found.append(replace(trial, speaks=speaks, size=d.effect - limit, p=float("nan")))
-    return found, contestants(pairs)
+    seen = tested(evidence, pairs, ["ppl/"], lambda a, b: f"{a.algo} {a.scheme} of {place(a, b)}")
+    beyond = [(replace(t.pair[0], values=t.pair[0].values - limit), t.pair[1]) for t in seen if t.pair]
+    found = [
+        replace(trial, size=d.effect, p=d.p, difference=d, pair=pair)
+        for trial, d, pair in zip(seen, differences(beyond), beyond, strict=True)
+    ]
+    return corrected(found), contestants(pairs)
 
 
 def calibration_spread(evidence: Evidence, wanted: Settings) -> Trials:
@@ -112,8 +113,8 @@ def calibration_spread(evidence: Evidence, wanted: Settings) -> Trials:
     """
     considered = _calibrated(evidence, [*wanted["algo"], *wanted["than"]], wanted["schemes"])
     groups = [g for g in set_groups(evidence) if g.recipes[0] in considered]
-    ones = [g for g in groups if fits(g.recipes[0].algo, wanted["algo"])]
-    others = [g for g in groups if fits(g.recipes[0].algo, wanted["than"])]
+    ones = [g for g in groups if matches(g.recipes[0].algo, wanted["algo"])]
+    others = [g for g in groups if matches(g.recipes[0].algo, wanted["than"])]
     found = []
     for a, b in product(ones, others):
         one, other = a.recipes[0], b.recipes[0]
@@ -123,7 +124,9 @@ def calibration_spread(evidence: Evidence, wanted: Settings) -> Trials:
 
 
 def _calibrated(evidence: Evidence, algos: Sequence[str], schemes: Sequence[str]) -> list[Recipe]:
-    return [r for r in evidence.recipes if r.calib and fits(r.algo, algos) and fits(r.scheme, schemes)]
+    return [
+        r for r in evidence.recipes if r.calib and matches(r.algo, algos) and of_schemes(r.scheme, schemes)
+    ]
 
 
 def _alike(a: SetGroup, b: SetGroup) -> bool:
@@ -197,37 +200,3 @@ def _own(
     seeds = tuple(len(draws.values) for draws in group.draws)
     context = f"the text {name}, {first.algo} {first.scheme} of {first.model}"
     return Trial(context, speaks, effect, sign * d.effect, float(p[nearest]), d.n, seeds, d, tests[nearest])
-
-
-def correlation(evidence: Evidence, wanted: Settings) -> Trials:
-    """Over the recipes of a model, the lower the perplexity of all texts together the higher a task's accuracy.
-
-    Settings: none.
-    """
-    models: dict[tuple[str, str], list[Recipe]] = {}
-    for recipe in evidence.recipes:
-        models.setdefault((recipe.model, recipe.base), []).append(recipe)
-    found = []
-    for (model, _), recipes in models.items():
-        texts, tasks = evidence.joint(recipes), evidence.joint(recipes, "acc/")
-        both = [i for i in texts.draws if i in tasks.draws]
-        if len(both) >= _LEAST_RECIPES:
-            columns = _means(tasks.metrics, tasks.sizes, [tasks.draws[i] for i in both])
-            wide = pd.DataFrame({"loss": [texts.draws[i].values.mean() for i in both], **columns})
-            seeds = tuple(len(texts.draws[i].values) for i in both)
-            for task in columns:
-                row = pearson(wide, "loss", [task]).iloc[
-                    0
-                ]  # one at a time, since all models are corrected together below
-                r, low, high, p = (float(row[name]) for name in ("r", "low", "high", "p"))
-                text = f"r = {r:.2f} (95% interval {low:.2f} to {high:.2f})"
-                found.append(Trial(f"{base(task)}, {model}", 0, text, r, p, len(both), seeds))
-    return corrected(found), evidence.recipes
-
-
-def _means(metrics: Sequence[str], sizes: Sequence[int], draws: Sequence[Draws]) -> dict[str, list[float]]:
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    return {
-        metric: [float(d.values[:, a:b].mean()) for d in draws]
-        for metric, a, b in zip(metrics, starts, starts[1:], strict=False)
-    }
