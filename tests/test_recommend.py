@@ -20,6 +20,7 @@ from qbench.report.recommend.telling import show
 from qbench.sweep.contenders import predicted
 from qbench.sweep.limits import read
 from qbench.sweep.named import named
+from qbench.sweep.recommend import recommend
 from qbench.sweep.settings import Jobs
 from qbench.track.records import RecordStore
 
@@ -264,6 +265,13 @@ def test_the_interval_of_the_increase_holds_the_true_one(draws, windows, least):
         held += low <= np.expm1(0.1) <= high
     # Three standard errors; quantiles of resamples hold 86 %, 82 % and 89 %.
     assert held / times > least - 3 * math.sqrt(least * (1 - least) / times)
+
+
+def test_a_folder_without_records_is_not_searched_without_a_limit(tmp_path):
+    """It may be a misspelt one."""
+    with pytest.raises(UsageError, match=r"nothing is recorded of micro-llama under .*search=true"):
+        recommend([f"results={tmp_path / 'nowhere'}"])
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_what_does_not_vary_has_no_interval_around_it():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qbench.cli import reports
+from qbench.cli import main, reports
 from qbench.errors import UsageError
 from qbench.report.assembly import OVERVIEW, page
 from qbench.report.cells import Cells
@@ -227,6 +227,8 @@ def test_takeaways_and_ledger_are_written(results):
         (reports.tables, ["matrix=scheme"], "is no table"),
         (reports.report, ["nothing_like_that"], "unknown study"),
         (reports.takeaways, ["quickstart"], "takes key=value"),
+        (reports.takeaways, ["model=nano-llama"], "records are read, not run"),
+        (reports.tables, ["resluts=x"], "did you mean results"),
         (reports.ledger, ["quickstart"], "takes key=value"),
         (reports.figures, ["from=sqlite:///nowhere.db"], "nowhere.db"),
     ],
@@ -241,6 +243,19 @@ def test_what_cannot_be_asked_is_said_in_one_line(results, command, arguments, m
 def test_without_records_every_command_says_what_to_run(tmp_path, command):
     with pytest.raises(UsageError, match=r"no records under .*run e\.g\."):
         command([f"results={tmp_path / 'none'}"])
+
+
+def test_a_study_without_figures_says_so(results, capsys):
+    assert reports.figures(["quickstart", f"results={results}"]) == 3
+    assert "states no figures" in capsys.readouterr().out
+
+
+def test_a_misspelt_command_is_said_to_be_one(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["qbench", "recomend", "max_ppl_increase=2%"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "did you mean recommend" in capsys.readouterr().err
 
 
 def test_all_studies_are_listed(capsys):

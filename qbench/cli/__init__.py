@@ -3,9 +3,11 @@
 Nothing heavy is imported here, so that `--help`, `--cfg job` and completion answer at once.
 """
 
+import difflib
 import inspect
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -45,6 +47,12 @@ def main() -> None:
             sys.exit(0)
         if arguments and arguments[0] in COMMANDS:
             sys.exit(COMMANDS[arguments[0]](arguments[1:]))
+        if arguments and re.fullmatch(r"[a-z_]+", arguments[0]):
+            near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"unknown command {arguments[0]!r}; {hint}there are {', '.join(sorted(COMMANDS))}"
+            )
         sys.exit(_run())
     except KeyboardInterrupt:
         sys.exit(130)

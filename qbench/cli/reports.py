@@ -1,5 +1,6 @@
 """The sub-commands that read records: tables, ledger, figures, takeaways, report, compare."""
 
+import difflib
 import shlex
 import sys
 from collections.abc import Callable
@@ -50,6 +51,14 @@ def _asked(arguments: list[str], views: tuple[str, ...] = ()) -> _Asked:
     rest = [a for a in arguments if a not in words and a.partition("=")[0] not in (*views, "from")]
     if options := [word for word in words if word.startswith("-")]:
         raise UsageError(f"there is no option {options[0]} here; see `qbench <command> --help`")
+    for argument in rest:
+        if (key := argument.lstrip("+~").partition("=")[0]).partition(".")[0] not in ("results", "tracker"):
+            known = ["results", "from", *views]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"{argument}: {hint}records are read, not run; there are {', '.join(f'{k}=' for k in known)}"
+            )
     config = config_of(rest)
     from qbench.track.source import source_of
 
@@ -156,6 +165,8 @@ def figures(arguments: list[str]) -> int:
 
     records, paths = asked.records(), list[Path]()
     for chapter in _chapters(asked.words):
+        if not chapter.figures:
+            _say(out, f"{chapter.name} states no figures; `qbench figures` draws those that fit any records")
         drawn, lacking = draw(chapter.figures, records, asked.source, chapter.algorithms)
         for name, one in drawn.items():
             paths += save(one.figure, asked.results / "figures" / chapter.name / name)

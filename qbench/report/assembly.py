@@ -121,8 +121,10 @@ def page(
     )  # fmt: skip
     entries = tuple(_entry(record, source, folder, link) for record in records)
     return Page(
-        "qbench report",
-        "Which quantization recipe, and how sure",
+        f"qbench report: {_listed([one['model'] for one in labels])}",
+        "; ".join(
+            ["Which quantization recipe, and how sure", *(c.title for c in chapters if c is not OVERVIEW)]
+        ),
         tuple((name, text) for name, text in summary if text),
         tuple(s for s in sections if s.takeaways or s.tables or s.figures),
         entries,

@@ -119,6 +119,15 @@ def _cost(record: Record, x: str) -> float | None:
     return None if value is None else float(value)
 
 
+def cost_note(x: str) -> str:
+    """What to mind of a cost, as further sentences of a caption."""
+    if "_ms@" in x:
+        return f" By the roofline, a bound: one sequence, {_CONTEXT} tokens of context; nothing was run on the device."
+    if x.endswith("_time_s") or x.startswith("peak_"):
+        return " Time and memory are those of the runs, and vary with what else the machine did."
+    return ""
+
+
 def axis_title(x: str) -> str:
     if roof := _ROOF.fullmatch(x):
         return f"{roof[1]} on {roof[2]}, ms (roofline)"

@@ -10,6 +10,7 @@ from qbench.job import skeleton
 from qbench.models.load import ModelRef
 from qbench.models.shape import shape_of
 from qbench.report.recommend.candidates import Latency
+from qbench.report.recommend.decision import Limits
 from qbench.report.recommend.export import write
 from qbench.report.recommend.telling import show
 from qbench.sweep.composed import config_of
@@ -41,15 +42,19 @@ def recommend(arguments: Sequence[str]) -> int:
     search = Search(asked, config, store, clock)
     mine = [r for r in store.all() if r["identity"]["model"] == model.identity() and names.holds(r)]
     outcome = None if asked.search or search.began else search.judge(mine, names.texts)
-    is_searched = outcome is None
+    if outcome is None and not asked.search and asked.max_bits is None and asked.limits == Limits():
+        raise UsageError(
+            f"nothing is recorded of {model.name} under {store.records}, and no limit is set by which candidates could be "
+            "judged; set one, such as max_ppl_increase=2%, or search=true"
+        )
     if outcome is None:
         outcome = search.run()
     if outcome is None:  # only a plan was asked for
         return OK
     _tell(outcome, asked, store, model.name)
     if outcome.settled.decision.share < SURE:
-        how = "more windows" if is_searched else "search=true, or more windows"
-        say(output(), f"surer      with {how}: eval.max_windows=")
+        n = max(text.shape[1] for text in outcome.settled.found.floating.change)
+        say(output(), f"surer      the same with search=true eval.max_windows={2 * n}, and seed=0,1,2")
     return OK if outcome.settled.decision.meets else SOME_FAILED
 
 

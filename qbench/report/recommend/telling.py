@@ -34,9 +34,7 @@ def lines(settled: Settled, limits: Limits, hardware: str = "") -> list[str]:
     told.append(f"{'recommend' if decision.meets else 'nearest  '}  {_about(decision)}")
     told.append(f"how sure   {_how_sure(found, decision, limits)}")
     if any(c.has_luck for c in (decision.chosen, decision.runner_up) if c is not None):
-        told.append(
-            "not known  what hangs on the draw of calibration samples, for there is one; try seed=0,1,2"
-        )
+        told.append("not known  what hangs on the draw of calibration samples, for there is one")
     if decision.runner_up is not None:
         told.append(f"runner-up  {_cost(decision.runner_up)}")
     for binding in decision.binding:

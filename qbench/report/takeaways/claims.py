@@ -203,10 +203,11 @@ def _needed(tests: Sequence[Trial]) -> str:
 
 
 def _effect(tests: Sequence[Trial]) -> str:
-    """The median comparison, and those at the ends."""
+    """The comparisons at the ends, and the median one of an odd number that has one unit."""
     by_size = sorted(tests, key=lambda t: t.size)
-    middle = by_size[(len(tests) - 1) // 2]
     if len(tests) == 1:
-        return middle.effect
+        return by_size[0].effect
     ends = [f"{t.effect} ({t.context})" for t in (by_size[0], by_size[-1])]
-    return f"median {middle.effect}; most in favour {ends[0]}; least {ends[1]}"
+    has_middle = len(tests) % 2 == 1 and len({"points" in t.effect for t in tests}) == 1
+    middle = f"median {by_size[len(tests) // 2].effect}; " if has_middle else ""
+    return f"{middle}most in favour {ends[0]}; least {ends[1]}"
