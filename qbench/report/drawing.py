@@ -19,7 +19,7 @@ from qbench.report.figures.wins import wins_matrix
 from qbench.report.labels import check_labels
 from qbench.report.marked import stem
 from qbench.report.metrics import lower_is_better
-from qbench.report.points import Points, axis_title, points_of, sure_of_front, why_no_cost
+from qbench.report.points import Points, axis_title, cost_note, points_of, sure_of_front, why_no_cost
 from qbench.report.retention import polygons, retention, tasks
 from qbench.report.significance import SURE
 from qbench.report.spec import FigureKind, FigureSpec
@@ -118,7 +118,7 @@ def _pareto(name: str, spec: FigureSpec, records: Sequence[Record], source: Sour
         )
         caption = (
             "Bars: 95 % interval of the difference to floating point, paired. Half-filled: not surely better "
-            f"than the next cheaper recipe of the front.{found.note}"
+            f"than the next cheaper recipe of the front.{found.note}{cost_note(spec.cost)}"
         )
         yield (
             f"{name}-{model}-{file_name(metric)}",
