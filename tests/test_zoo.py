@@ -54,6 +54,7 @@ def test_how_a_model_was_trained_is_shipped_with_it(name):
     assert history["held_out_nll"].keys() == {"stdlib_docs", "stdlib_code"}
 
 
+@pytest.mark.slow
 def test_micro_llama_compresses_english_better_than_xz(micro):
     model, tokenizer = micro
     text = load_text("stdlib_docs", "test").text
@@ -79,6 +80,7 @@ def test_round_to_nearest_separates_the_widths(micro):
         assert difference.mean() > 4 * stderr, f"w{better} against w{worse}"
 
 
+@pytest.mark.slow
 def test_micro_llama_is_far_above_chance(micro):
     asked = Harness(*micro, 32)
     metrics = asked.accuracy("stdlib_cloze", Library(), Ask()).metrics
