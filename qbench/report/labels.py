@@ -60,6 +60,13 @@ def is_seed(key: str) -> bool:
     return key.rpartition(".")[2] == "seed"
 
 
+def seedless(tree: Any) -> Any:
+    """A part of an identity without its seeds: what draws of one recipe have in common."""
+    if isinstance(tree, dict):
+        return {key: seedless(value) for key, value in tree.items() if not is_seed(str(key))}
+    return [seedless(one) for one in tree] if isinstance(tree, list) else tree
+
+
 def is_calibration_text(key: str) -> bool:
     """Whether a dotted key of an identity says which text models are calibrated on."""
     return _is_calib(key, WHICH_TEXT)

@@ -10,6 +10,7 @@ import pandas as pd
 from rich.console import Console
 
 from qbench.report.frame import protocol
+from qbench.report.labels import seedless
 from qbench.report.naming import names
 from qbench.report.published import load, match
 from qbench.report.tables import print_table, save
@@ -31,12 +32,6 @@ _EXAMPLES = 20  # flagged numbers in the terminal
 _SHOWN = ["number", "model", "method", "scheme", "dataset", "printed", "flags"]
 
 
-def _seedless(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _seedless(value) for key, value in tree.items() if key != "seed"}
-    return [_seedless(one) for one in tree] if isinstance(tree, list) else tree
-
-
 def cells_of(records: Iterable[dict[str, Any]], metrics: Iterable[str]) -> pd.DataFrame:
     """Some metrics of all finished jobs, as `qbench.report.published.match` reads them."""
     wanted, rows = set(metrics), []
@@ -46,7 +41,7 @@ def cells_of(records: Iterable[dict[str, Any]], metrics: Iterable[str]) -> pd.Da
         labels, calib = record["labels"], record["identity"].get("calib") or {}
         common = {key: labels[key] for key in ("model", "algo", "scheme", "calib")}
         common["samples"] = f"{calib['n_samples']}x{calib['seq_len']}" if calib else None
-        algorithm = json.dumps(_seedless(record["identity"]["algorithm"]), sort_keys=True)
+        algorithm = json.dumps(seedless(record["identity"]["algorithm"]), sort_keys=True)
         common["recipe"] = algorithm  # its hyperparameters, seeds apart
         common["fingerprint"] = record["fingerprint"]
         for metric in sorted(wanted & set(record["metrics"])):

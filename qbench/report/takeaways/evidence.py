@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qbench.report.frame import protocol
-from qbench.report.labels import WHICH_TEXT, draw_of
+from qbench.report.labels import WHICH_TEXT, draw_of, seedless
 from qbench.report.metrics import base, kind
 from qbench.report.protocols import usual
 from qbench.report.significance import Draws
@@ -219,14 +219,8 @@ def _key(record: Record) -> _Key:
     rest["python"] = record["environment"]["versions"]["python"]  # embedded text changes with it
     model, algo, scheme, calib = (str(labels[key] or "") for key in ("model", "algo", "scheme", "calib"))
     parts = (rest, identity.get("algorithm"), identity.get("calib"))
-    shared, algorithm, calibration = (_canonical(_seedless(part)) for part in parts)
+    shared, algorithm, calibration = (_canonical(seedless(part)) for part in parts)
     return model, algo, scheme, calib, shared, algorithm, calibration
-
-
-def _seedless(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {k: _seedless(v) for k, v in tree.items() if k != "seed"}
-    return [_seedless(v) for v in tree] if isinstance(tree, list) else tree
 
 
 def _canonical(tree: Any) -> str:
