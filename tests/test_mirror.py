@@ -18,20 +18,6 @@ from .test_track import RECORD, SAMPLES
 NAME = "qbench"
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """MLflow's tables: making them takes seconds, copying them none."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def uri(tmp_path, empty_database):
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
 @pytest.fixture
 def store(tmp_path):
     store = RecordStore(tmp_path / "results")

@@ -31,20 +31,6 @@ RECORDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory):
-    """MLflow's tables: making them takes seconds, copying them none."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def uri(tmp_path, empty_database):
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
 def fill(root: Path, uri: str, records) -> RecordStore:
     """A results folder with these records, all mirrored as a sweep's."""
     store = RecordStore(root)

@@ -22,7 +22,7 @@ from qbench.report.wins import duels
 from qbench.track.records import in_order
 from qbench.track.source import source_of
 from tests.synthetic import Grid, Memory, failed, made, none
-from tests.test_source import NAME, empty_database, fill, uri  # noqa: F401
+from tests.test_source import NAME, fill
 
 ROWS = ("model", "scheme", "algo")
 TEXT = "ppl/stdlib_docs"
@@ -477,7 +477,7 @@ def written(folder, source):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_tables_are_the_same_files_from_a_folder_and_from_its_mirror(tmp_path, uri):  # noqa: F811
+def test_tables_are_the_same_files_from_a_folder_and_from_its_mirror(tmp_path, uri):
     jobs = with_parts(made(WIDE))
     jobs += [
         failed(record) for record, _ in made(Grid(models=("micro-opt",), algos=("quip",), floating=False))
