@@ -1,26 +1,33 @@
 """Quantize a model, one block after another; the only place where blocks move between devices."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qbench.algorithms.base import Algorithm
+from qbench.algorithms.rtn import nearest
+from qbench.calib.activations import Fixed, fixed_attention, fixed_parts, quantize_inputs, quantize_products
 from qbench.calib.block import Block
-from qbench.calib.observers import observer_for
+from qbench.calib.routing import routed_tokens, routing_report
 from qbench.calib.stream import FirstInputs, Stream, first_inputs, to_device
-from qbench.models.attention import observe_kv, quantize_attention, use_quantized_attention
-from qbench.models.family import Link, family_of
-from qbench.models.hooks import quantize_input
-from qbench.quant.grid import choose_qparams
+from qbench.models.attention import use_quantized_attention
+from qbench.models.blocks import at_hand
+from qbench.models.disk import finish, use_finished
+from qbench.models.experts import all_experts, experts_in
+from qbench.models.family import Family, family_of
+from qbench.models.parking import parked
+from qbench.progress import Progress, load_tensors, save_tensors
 from qbench.quant.scheme import Scheme
-from qbench.quant.spec import QuantSpec
 from qbench.quant.storage import layer_bits
 
 REVISION = 2  # raised when a change here changes numbers; part of a job's identity
+
+Experts = Literal["routed", "all"]
 
 
 def needs_data(algorithm: Algorithm, scheme: Scheme) -> bool:
@@ -39,6 +46,8 @@ class Quantized:
         extra_bits: Of what must be stored beside the model's own parameters.
         reports: What the steps had to tell of each block.
         report: What they had to tell of the whole model.
+        seconds: That each block took, its reading and writing included.
+        resumed_at: The block that a run went on with which was broken off before; 0 for one that was not.
     """
 
     errors: list[float] = field(default_factory=list)
@@ -46,6 +55,30 @@ class Quantized:
     extra_bits: float = 0.0
     reports: list[dict[str, Any]] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    resumed_at: int = 0
+
+
+@dataclass
+class _Run:
+    """A quantization under way.
+
+    Attributes:
+        inputs, clean: What has reached the next block, on the path that is calibrated on and on that of the original
+            model.
+    """
+
+    model: Any
+    family: Family
+    algorithm: Algorithm
+    scheme: Scheme
+    device: torch.device
+    propagate_error: bool
+    samples: int
+    experts: Experts
+    result: Quantized
+    inputs: Stream | None = None
+    clean: Stream | None = None
 
 
 def quantize(
@@ -60,6 +93,8 @@ def quantize(
     first: FirstInputs | None = None,
     device: torch.device | str = "cpu",
     on_block: Callable[[int, int], None] = lambda done, total: None,
+    experts: Experts = "routed",
+    progress: Progress | None = None,
 ) -> Quantized:
     """Fake-quantize `model` in place.
 
@@ -72,6 +107,9 @@ def quantize(
         first: What `first_inputs` gave for this model and these tokens, where it is known already.
         device: Where one block at a time is processed.
         on_block: Called with (blocks done, blocks in all).
+        experts: Whether experts are calibrated on the tokens that are routed to them, or each on all.
+        progress: Where finished blocks are noted, of a model whose blocks are on disk; what was noted there before is
+            taken over.
 
     Raises:
         ValueError: If the algorithm rounds nothing, or data is needed and there is none.
@@ -91,85 +129,113 @@ def quantize(
         report = algorithm.prepare(model, scheme, tokens)
     if report is not None:
         first, result.report = None, report
-    inputs: Stream | None = None
-    layers = list(model.get_submodule(family.blocks))
-    kwargs: list[dict[str, Any]] = [{} for _ in layers]
+    run = _Run(model, family, algorithm, scheme, device, propagate_error, error_samples, experts, result)
+    n_blocks = len(model.get_submodule(family.blocks))
+    kwargs: list[dict[str, Any]] = [{} for _ in range(n_blocks)]
     if reads and tokens is not None:
-        inputs, kwargs = first or first_inputs(model, family, tokens, batch_size)
-    clean = inputs if algorithm.needs_float_path else None
-    for index, layer in enumerate(layers):
-        with placed(layer, device):
-            kw = to_device(kwargs[index], device)
-            clean_out = clean.through(layer, kw, device) if clean else None
-            block = Block(
-                index, layer, family, inputs, kw, device, scheme, clean, clean_out, n_blocks=len(layers)
-            )
-            inputs = _quantize(block, algorithm, result, propagate_error, error_samples)
-            clean = clean_out
-        on_block(index + 1, len(layers))
+        run.inputs, kwargs = first or first_inputs(model, family, tokens, batch_size)
+    run.clean = run.inputs if algorithm.needs_float_path else None
+    with parked(model, family.blocks):
+        for index in range(_take_over(run, progress) if progress else 0, n_blocks):
+            clock = time.perf_counter()
+            fixed = _step(run, index, n_blocks, kwargs[index])
+            result.seconds.append(time.perf_counter() - clock)
+            if progress:
+                finish(model, family.blocks, index)
+                _note(run, progress, index + 1, fixed)
+            on_block(index + 1, n_blocks)
     return result
 
 
-def _quantize(
-    block: Block, algorithm: Algorithm, result: Quantized, propagate_error: bool, samples: int
-) -> Stream | None:
-    """Quantize one block; returns what reaches the next one."""
-    reference = block.outputs(samples if propagate_error or block.is_last else None) if block.inputs else None
-    algorithm.process(block)
-    _check_finite(block)
-    _quantize_inputs(block)
-    _quantize_attention(block)
-    _account(block, result)
-    if reference is None:
-        return None
-    outputs = block.outputs(None if propagate_error and not block.is_last else samples)
-    result.errors.append(outputs.head(samples).error(reference.head(samples)))
-    return outputs if propagate_error else reference
-
-
 @torch.no_grad()
-def _quantize_inputs(block: Block) -> None:
-    """Hook every linear layer: on a grid of each row's own, or on one grid from the calibration data."""
-    ranges = _static_ranges(block)
-    for name, linear in block.linears.items():
-        if (spec := block.activation_spec(name)) is not None:
-            qparams = None if spec.dynamic else choose_qparams(ranges[name], spec)
-            quantize_input(linear, spec, qparams, block.kept_channels(name))
+def _step(run: _Run, index: int, n_blocks: int, kwargs: dict[str, Any]) -> Fixed:
+    """Quantize one block, and go on to the next; returns the grids that calibration data decided."""
+    device = run.device
+    with at_hand(run.model, index) as layer, placed(layer, device):
+        kwargs = to_device(kwargs, device)
+        clean_out = run.clean.through(layer, kwargs, device) if run.clean else None
+        block = Block(
+            index, layer, run.family, run.inputs, kwargs, device, run.scheme, run.clean, clean_out, n_blocks=n_blocks
+        )  # fmt: skip
+        alone = run.samples if run.propagate_error or block.is_last else None
+        reference = block.outputs(alone) if block.inputs else None
+        fixed = _quantize(run, block)
+        run.clean = clean_out
+        if reference is not None:
+            outputs = block.outputs(None if run.propagate_error and not block.is_last else run.samples)
+            run.result.errors.append(outputs.head(run.samples).error(reference.head(run.samples)))
+            run.inputs = outputs if run.propagate_error else reference
+    return fixed
 
 
-def _static_ranges(block: Block) -> dict[str, Tensor]:
-    """By layer: the range of its input on the calibration data, where that is what its grid is to be made from."""
-    alike: dict[
-        tuple[QuantSpec, str], list[Link]
-    ] = {}  # layers with channels of their own to keep come alone
-    for link in block.links:
-        for name in link.sinks:
-            spec, kept = block.activation_spec(name), block.kept_channels(name)
-            if spec is not None and not spec.dynamic:
-                alike.setdefault((spec, "" if kept is None else name), []).append(Link(None, (name,)))
-    ranges: dict[str, Tensor] = {}
-    for (spec, alone), links in alike.items():
-        assert block.inputs is not None, "a static range without calibration data"
-        kept = block.kept_channels(alone) if alone else None
-        kind = observer_for(spec, block.inputs.hidden.shape[1], kept)
-        ranges |= {link.sinks[0]: value for link, (value,) in block.observe(kind, links=links).items()}
-    return ranges
+def _quantize(run: _Run, block: Block) -> Fixed:
+    """Quantize the block's weights, and from now on whatever else the scheme says."""
+    with all_experts(block.layer) if run.experts == "all" else nullcontext():
+        block = _routed(block, run.experts)
+        run.algorithm.process(block)
+        whole = replace(block, unseen=frozenset())
+        for name in block.unseen:
+            whole.linear(name).weight.copy_(nearest(whole, name))
+        _check_finite(whole)
+        fixed = fixed_parts(block)
+    quantize_inputs(block.index, block.scheme, whole.linears, fixed)
+    fixed |= fixed_attention(block)
+    quantize_products(block.layer, block.scheme, fixed)
+    _account(whole, run.result)
+    return fixed
 
 
-@torch.no_grad()
-def _quantize_attention(block: Block) -> None:
-    kv, bmm = block.scheme.kv, block.scheme.bmm
-    if kv is None and bmm is None:
-        return
-    key = value = None
-    if kv is not None and not kv.dynamic:
-        assert block.inputs is not None
-        length = block.inputs.hidden.shape[1]
-        keys, values = observer_for(kv.key, length)(), observer_for(kv.value, length)()
-        with observe_kv(block.layer, kv, keys.update, values.update):
-            block.inputs.through(block.layer, block.kwargs, block.device)
-        key, value = choose_qparams(keys.value, kv.key), choose_qparams(values.value, kv.value)
-    quantize_attention(block.layer, kv, bmm, key, value)
+def _routed(block: Block, experts: Experts) -> Block:
+    """The block without the experts that no token is routed to, which are rounded to nearest; the report names them."""
+    if block.inputs is None or not (found := experts_in(block.layer)):
+        return block
+    counts = routed_tokens(block.inputs, block.layer, block.kwargs, block.device)
+    report = routing_report(counts, block.inputs.hidden.shape[-1])
+    block.report["experts"] = report
+    if experts == "all":
+        return block
+    names = [
+        f"{path}.{index}.{name}"
+        for path, unseen in report["unseen"].items()
+        for index in unseen
+        for name, module in found[path].get_submodule(str(index)).named_children()
+        if isinstance(module, nn.Linear)
+    ]
+    return replace(block, unseen=frozenset(names))
+
+
+def _note(run: _Run, progress: Progress, done: int, fixed: Fixed) -> None:
+    """Note a finished block; its weights are where blocks on disk are."""
+    save_tensors(progress.block_file(done - 1), fixed)
+    tensors = {"generator": torch.get_rng_state()}
+    for name, stream in (("inputs", run.inputs), ("clean", run.clean)):
+        if stream is not None:
+            tensors[name] = stream.hidden
+    progress.note(done, {"result": asdict(run.result)}, tensors)
+
+
+def _take_over(run: _Run, progress: Progress) -> int:
+    """Bring a model to where a run was broken off; returns the block to go on with."""
+    if (state := progress.read()) is None:
+        return 0
+    done = int(state["done"])
+    for index in range(done):
+        fixed = load_tensors(progress.block_file(index))
+        use_finished(run.model, run.family.blocks, index)
+        with at_hand(run.model, index) as layer:
+            linears: Any = {name: layer.get_submodule(name) for name in run.family.linears(layer)}
+            quantize_inputs(index, run.scheme, linears, fixed)
+            quantize_products(layer, run.scheme, fixed)
+    tensors = progress.tensors(done)
+    torch.set_rng_state(tensors["generator"])
+    run.inputs, run.clean = (
+        None if stream is None else replace(stream, hidden=tensors[name])
+        for name, stream in (("inputs", run.inputs), ("clean", run.clean))
+    )
+    for name, value in state["result"].items():
+        setattr(run.result, name, value)
+    run.result.resumed_at = done
+    return done
 
 
 def _account(block: Block, result: Quantized) -> None:

@@ -106,11 +106,6 @@ class Job:
         """
         self.algorithm.check(self.scheme)
         check_device(self.device)
-        inside = self.scheme.kv is not None or self.scheme.bmm is not None
-        if inside and self.model.attn != "sdpa":
-            raise Unsuitable(
-                "quantization inside attention needs model.attn=sdpa", f"model.attn is {self.model.attn}"
-            )
         _check_fit(self.model, self.scheme)
         if (talk := self.evaluation.talk) is not None:
             _check_length(self.model, "eval.max_new_tokens", talk.max_new_tokens + 1)

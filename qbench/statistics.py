@@ -49,13 +49,17 @@ def tensor_statistics(
     Raises:
         ValueError: If the model runs another attention than `sdpa`.
     """
-    use_quantized_attention(model)
     device, family = torch.device(device), family_of(model)
+    if family.attention != "none":
+        use_quantized_attention(model)
     stream, kwargs = first_inputs(model, family, tokens, batch_size)
     for index, layer in enumerate(model.get_submodule(family.blocks)):
         with placed(layer, device):
             block = Block(index, layer, family, stream, to_device(kwargs[index], device), device)
             yield from _of_layers(block)
+            if family.attention == "none":
+                stream = stream.through(layer, block.kwargs, device)
+                continue
             keys, values = Moments(), Moments()
             with observe_kv(layer, _KV, keys.update, values.update):
                 stream = stream.through(layer, block.kwargs, device)

@@ -1,7 +1,7 @@
 """Fake quantization inside attention: what is decoded is what a forward pass sees."""
 
 import copy
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from qbench.models.attention import (
     quantize_attention,
     use_quantized_attention,
 )
-from qbench.models.family import family_of
+from qbench.models.family import Heads, family_of
 from qbench.quant.grid import choose_qparams, fake_quantize
 from qbench.quant.hadamard import hadamard
 from qbench.quant.scheme import KVSpec, Scheme
@@ -328,14 +328,14 @@ def test_what_is_not_covered_is_refused(tokens):
 )
 def test_grids_that_attention_cannot_have_are_refused(llama, kv, bmm, message):
     with pytest.raises(Unsuitable, match=message):
-        check_kv(llama, kv, bmm)
-    with pytest.raises(Unsuitable, match=message):
-        check_kv(llama.config, kv, bmm)
+        check_kv(family_of(llama), kv, bmm)
 
 
 def test_grids_that_attention_can_have_are_not_refused(model):
     for kv in LAYOUTS.values():
-        check_kv(model, kv, QuantSpec(4, True))
-    check_kv(model, KVSpec(QuantSpec(2, False, "group", 8), QuantSpec(2, False, "group", 4), True, 16))
+        check_kv(family_of(model), kv, QuantSpec(4, True))
+    check_kv(
+        family_of(model), KVSpec(QuantSpec(2, False, "group", 8), QuantSpec(2, False, "group", 4), True, 16)
+    )
     with pytest.raises(Unsuitable, match="kv_rotate needs a Hadamard matrix of head_dim; there is none of 6"):
-        check_kv(SimpleNamespace(head_dim=6), LAYOUTS["rotated"])
+        check_kv(replace(family_of(model), heads=Heads(1, 1, 6, 6)), LAYOUTS["rotated"])

@@ -157,7 +157,7 @@ def test_a_hyperparameter_of_one_algorithm_concerns_its_cells_alone(qbench, capf
 
 
 def test_a_metric_that_is_not_finite_fails_the_job_and_not_the_sweep(qbench, monkeypatch):
-    monkeypatch.setattr("qbench.run.size_metrics", lambda *_: {"bits_per_weight": float("nan")})
+    monkeypatch.setattr("qbench.measure.size_metrics", lambda *_: {"bits_per_weight": float("nan")})
     assert qbench("algo=rtn", *QUIET) == 3
     assert records()[0]["reason"] == "FloatingPointError: not finite: bits_per_weight"
 

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from qbench.job import Job, _cached_canonical
+from qbench.models.catalogue import entries
 from qbench.quant.scheme import Scheme
 from qbench.sweep.compose import plain
 from qbench.sweep.schema import Settings
@@ -15,7 +16,12 @@ from qbench.sweep.settings import Jobs
 from qbench.sweep.shipped import CONF
 
 GROUPS = ("algo", "scheme", "model", "calib", "eval", "tracker", "launcher")
-CHOICES = [f"{path.parent.name}={path.stem}" for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
+OF_HUB = {f"model={entry.name}" for entry in entries().values() if not entry.embedded}
+# Models of the hub are built by tests/test_catalogue.py.
+CHOICES = [
+    choice for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))
+    if (choice := f"{path.parent.name}={path.stem}") not in OF_HUB
+]  # fmt: skip
 
 
 NEEDS = {

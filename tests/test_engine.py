@@ -68,7 +68,7 @@ def test_observing_stops_at_the_last_layer_observed(llama, tokens):
     block = blocks_of(llama, tokens)[0]
     ran = []
     block.layer.mlp.register_forward_hook(lambda *_: ran.append(1))
-    block.observe(Gram, links=block.family.links[:1])
+    block.observe(Gram, links=block.links[:1])
     assert not ran
 
 
@@ -148,7 +148,7 @@ def test_bits_per_weight_counts_everything(llama):
     n_linear = sum(
         layer.get_submodule(n).weight.numel()
         for layer in llama.model.layers
-        for n in family_of(llama).linears
+        for n in family_of(llama).linears(layer)
     )
     n_all = sum(p.numel() for p in llama.parameters())
     quantized = quantize(llama, RTN(), Scheme.of(wbits=4, group_size=16))

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qbench"
 FLOORS = [
-    "errors", "quant", "zoo", "data", "models", "calib", "algorithms", "engine", "statistics", "deploy", "evaluate",
-    "job", "run", "track", "report", "sweep", "cli", "__main__",
+    "errors", "quant", "zoo", "data", "models", "calib", "algorithms", "progress", "engine", "memory", "statistics",
+    "deploy", "evaluate", "job", "opening", "measure", "run", "track", "report", "sweep", "cli", "__main__",
 ]  # fmt: skip
 ONLY_IN = {
     "hydra": {"cli", "sweep"},

@@ -9,6 +9,8 @@ from qbench.algorithms.gptq import GPTQ
 from qbench.algorithms.rtn import RTN
 from qbench.calib.observers import Gram
 from qbench.engine import quantize
+from qbench.quant import factor
+from qbench.quant.factor import inverse_factor
 from qbench.quant.grid import fake_quantize
 from qbench.quant.scheme import Scheme
 from qbench.quant.spec import QuantSpec
@@ -154,3 +156,49 @@ def test_layers_with_one_input_share_no_scale(scheme, tokens):
     for layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
         ours = model.model.layers[0].get_submodule(layer).weight
         torch.testing.assert_close(ours, expected[0, layer], rtol=0, atol=1e-12)
+
+
+def gram_of(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Gram matrix of twice as many tokens as inputs, a few of which are outliers, and a random order."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(2 * n, n, generator=generator, dtype=torch.float64)
+    x[:, ::7] *= 5
+    return x.T @ x / len(x), torch.randperm(n, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("n", "width"),
+    [(1, 16), (15, 16), (16, 16), (17, 16), (48, 16), (100, 16), (factor.WIDTH + 1, factor.WIDTH)],
+)
+def test_the_factor_in_blocks_is_that_of_the_whole_inverse(n, width, monkeypatch):
+    monkeypatch.setattr(factor, "WIDTH", width)
+    gram, order = gram_of(n)
+    before = gram.clone()
+    found = inverse_factor(gram, order, damp=0.01)
+    assert torch.equal(gram, before)
+    assert torch.equal(found, found.triu())
+    damped = gram[order][:, order] + 0.01 * gram.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    # Either is exact for a matrix within n eps of the true one, relatively, which the condition number multiplies.
+    bound = 2 * n * torch.finfo(torch.float64).eps * torch.linalg.cond(damped)
+    assert (found - expected).norm() <= bound * expected.norm()
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_to_the_factor_channels_that_are_never_active_have_a_mean_square_of_one(width, monkeypatch):
+    monkeypatch.setattr(factor, "WIDTH", width)
+    gram, order = gram_of(40)
+    gram[[3, 17, 39]] = 0
+    gram[:, [3, 17, 39]] = 0
+    filled = gram + torch.diag((gram.diagonal() == 0).double())
+    assert torch.equal(inverse_factor(gram, order, 0.01), inverse_factor(filled, order, 0.01))
+
+
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("channel", [0, 20, 39])
+def test_the_minor_that_is_not_positive_is_named(channel, width, monkeypatch):
+    monkeypatch.setattr(factor, "WIDTH", width)
+    gram = torch.eye(40)
+    gram[channel, channel] = -1
+    with pytest.raises(torch.linalg.LinAlgError, match=rf"of 40 inputs .* \(minor {40 - channel}\)"):
+        inverse_factor(gram, torch.arange(40), 0.01)

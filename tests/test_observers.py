@@ -1,4 +1,4 @@
-"""Static ranges: what calibration data says of them, however it is cut into batches."""
+"""Statistics of calibration data, above all static ranges, however the data is cut into batches."""
 
 from dataclasses import replace
 from typing import get_args
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qbench.calib.observers import observer_for
+from qbench.calib.observers import Gram, observer_for
 from qbench.calib.stream import first_inputs
 from qbench.models.family import family_of
 from qbench.quant.grid import choose_qparams, fake_quantize
@@ -102,3 +102,18 @@ def test_channels_that_are_kept_have_no_part_in_the_range(range_):
     kept[[2, 5]] = True
     assert torch.equal(observed(spec, x, kept=kept), observed(spec, x[..., ~kept]))
     assert not torch.equal(observed(spec, x, kept=kept), observed(spec, x))
+
+
+@pytest.mark.parametrize("n", [1, 63, 65, 513, 600])  # from one panel to nine, the last ones narrow
+def test_a_gram_matrix_that_is_read_goes_on_as_if_it_were_not(n):
+    x = torch.randn(90, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    read, unread = Gram(), Gram()
+    for batch in x.split(40):
+        read.update(batch)
+        unread.update(batch)
+        assert torch.equal(read.value, read.value.T)
+    assert torch.equal(read.value, unread.value)
+    magnitude = x.abs().T @ x.abs() / len(x)
+    error = (read.value - x.T @ x / len(x)).abs()
+    # Two sums of 90 products, of which one is rescaled twice.
+    assert (error <= 2 * (90 + 4) * torch.finfo(torch.float64).eps * magnitude).all()

@@ -81,7 +81,9 @@ def test_inputs_grow_by_the_factor_in_the_same_channels_of_every_block_and_nowhe
     links, family = norm_links(model), family_of(model)
     sinks = [sink for link in links for sink in link.sinks]
     assert set(family.query_key) < set(sinks)
-    others = [linear for linear in family.linears if linear not in sinks]
+    others = [
+        linear for linear in family.linears(model.get_submodule(family.blocks)[0]) if linear not in sinks
+    ]
     before, elsewhere = peaks(model, tokens, sinks), peaks(model, tokens, others)
     plant_outliers(model, 64.0)
     expected = torch.ones(48, dtype=torch.float64)

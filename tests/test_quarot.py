@@ -47,7 +47,7 @@ def given(model, tokens):
             lambda _, args, key=f"{index}.{name}": seen.update({key: args[0]})
         )
         for index, block in enumerate(model.get_submodule(family.blocks))
-        for name in family.linears
+        for name in family.linears(block)
     ]
     logits(model, tokens)
     for handle in handles:
@@ -82,7 +82,8 @@ def test_every_layer_is_given_its_input_rotated(name, tokens):
     gains = {
         f"{i}.{layer}": reference.gain_in_front(block, layer).clone()
         for i, block in enumerate(model.model.layers)
-        for layer in family_of(model).readers
+        for _, layers in family_of(model).readers(block)
+        for layer in layers
     }
     rotate(model)
     for path, x in given(model, tokens).items():

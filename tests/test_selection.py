@@ -98,7 +98,7 @@ def test_owq_spends_its_budget_to_the_nearest_column(extra_bits, model, tokens):
     scheme = Scheme.parse("w3a16")
     n_parameters = sum(p.numel() for p in model.parameters())
     blocks = model.get_submodule(family_of(model).blocks)
-    layers = [block.get_submodule(layer) for block in blocks for layer in family_of(model).linears]
+    layers = [block.get_submodule(layer) for block in blocks for layer in family_of(model).linears(block)]
     plain = quantize(model, Keep(), scheme, tokens)
     kept = quantize(model, Pipeline((OWQ(extra_bits), Keep())), scheme, tokens)
     before, after = (
@@ -116,7 +116,7 @@ def test_a_channel_costs_its_column_in_half_precision_and_its_index(algorithm, l
     result = quantize(llama, Pipeline((algorithm, RTN())), scheme, tokens)
     n_parameters, total, n_weights = sum(p.numel() for p in llama.parameters()), 0.0, 0
     for index, report in enumerate(result.reports):
-        for layer in family_of(llama).linears:
+        for layer in family_of(llama).linears(llama.model.layers[0]):
             rows, n = llama.model.layers[index].get_submodule(layer).weight.shape
             kept = report["kept_channels"][layer]
             scales = (

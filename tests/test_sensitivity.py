@@ -43,13 +43,14 @@ STORE = RecordStore(Path("results/sensitivity"))
 def test_units_hold_each_linear_layer_once_and_their_patterns_fit_no_other(model, cut):
     family = family_of(model)
     n_blocks = len(model.get_submodule(family.blocks))
-    every = list(itertools.product(range(n_blocks), family.linears))
+    linears = family.linears(model.get_submodule(family.blocks)[0])
+    every = list(itertools.product(range(n_blocks), linears))
     units = units_of(model, cut)
     assert sorted((b, n) for unit in units for b, n, *_ in unit.layers) == sorted(every)
     for unit in units:
         fitting = [(b, n) for b, n in every if any(fits(p, b, n) for p in unit.patterns)]
         assert fitting == sorted(
-            ((b, n) for b, n, *_ in unit.layers), key=lambda one: (one[0], family.linears.index(one[1]))
+            ((b, n) for b, n, *_ in unit.layers), key=lambda one: (one[0], linears.index(one[1]))
         )
 
 
@@ -209,7 +210,7 @@ def test_statistics_are_those_of_weights_inputs_and_the_cache(model, tokens):
     rows = {(r.block, r.layer, r.tensor): r for r in tensor_statistics(model, tokens, batch_size=4)}
     family = family_of(model)
     n_blocks = len(model.get_submodule(family.blocks))
-    assert len(rows) == n_blocks * (2 * len(family.linears) + 2)
+    assert len(rows) == n_blocks * (2 * len(family.linears(model.get_submodule(family.blocks)[0])) + 2)
     for (block, layer, tensor), row in rows.items():
         path = f"{family.blocks}.{block}.{layer}"
         if tensor in "KV":

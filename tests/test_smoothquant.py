@@ -30,7 +30,7 @@ PATH = {"llama": "model.layers.0", "opt": "model.decoder.layers.0"}
 @pytest.mark.parametrize("alpha", [0.5, 0.85])
 @pytest.mark.parametrize("name", LINKS)
 def test_a_channel_is_divided_by_what_equation_4_says(name, alpha, tokens, monkeypatch):
-    monkeypatch.setattr("qbench.engine.quantize_input", lambda *_: None)
+    monkeypatch.setattr("qbench.calib.activations.quantize_input", lambda *_: None)
     plain, smooth = random_model(name), random_model(name)
     quantize(smooth, Pipeline((SmoothQuant(alpha), Keep())), Scheme.of(8, 8), tokens)
     before, after = (model.get_submodule(PATH[name]) for model in (plain, smooth))

@@ -42,7 +42,7 @@ def test_all_models_fit_in_twenty_megabytes():
 def test_every_input_width_is_a_multiple_of_128(name):
     model = ModelRef(f"zoo/{name}").load()
     for layer in model.get_submodule(family_of(model).blocks):
-        for linear in family_of(model).linears:
+        for linear in family_of(model).linears(layer):
             assert layer.get_submodule(linear).in_features % 128 == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
 

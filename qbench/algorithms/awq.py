@@ -18,7 +18,7 @@ from torch import Tensor
 from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.block import Block
 from qbench.calib.observers import AbsMean, Gram
-from qbench.models.family import Link, head_dim_of
+from qbench.models.family import Link
 from qbench.models.rotate import is_rotated_online
 from qbench.models.surgery import scale_columns, scale_rows
 from qbench.quant.grid import fake_quantize, grouped
@@ -59,8 +59,12 @@ class AWQScale(Algorithm):
     def process(self, block: Block) -> None:
         # One pass serves all links: a link's scale is undone by its sinks, so no later input feels it. Links without
         # scales are observed too, for the clipping that follows.
-        for link, (gram, mean) in block.observe(Gram, AbsMean).items():
-            if not any(block.alike(link)) or not (block.scalable(link) or self._shares(block, link)):
+        # Experts are observed twice: each by itself for its clipping, and together with what shares their norm.
+        links = tuple(dict.fromkeys((*block.links, *block.scalings)))
+        for link, (gram, mean) in block.observe(Gram, AbsMean, links=links).items():
+            if link not in block.scalings or not any(block.alike(link)):
+                continue
+            if not (block.scalable(link) or self._shares(block, link)):
                 continue
             assert link.source is not None
             weights = [
@@ -77,7 +81,7 @@ class AWQScale(Algorithm):
             heads = _heads(block, link)
             mean, relative = (x if x is None else _tied(x, heads).flatten() for x in (mean, relative))
             s = self.search(weights, gram, mean, relative)
-            scale_rows(block[link.source], 1 / s.view(heads)[:, 0].flatten())
+            scale_rows(block[link.source], 1 / s.view(heads)[:, 0].flatten(), block.source_rows(link))
             for sink in block.sinks(link):
                 scale_columns(sink, s)
 
@@ -122,10 +126,13 @@ def _scale(r: float, mean: Tensor, relative: Tensor | None) -> Tensor:
 
 def _heads(block: Block, link: Link) -> tuple[int, int, int]:
     """Value heads, heads that read each, and channels of a head."""
-    attention = block[block.family.value.rpartition(".")[0]]
-    size = head_dim_of(attention.config)
-    n_values = block.linear(block.family.value).out_features // size
-    return n_values, block.linear(link.sinks[0]).in_features // (n_values * size), size
+    heads = block.family.heads
+    assert heads is not None, "there are values, hence heads"
+    return (
+        heads.keys,
+        block.linear(link.sinks[0]).in_features // (heads.keys * heads.value_size),
+        heads.value_size,
+    )
 
 
 def _tied(x: Tensor, heads: tuple[int, int, int]) -> Tensor:

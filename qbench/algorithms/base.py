@@ -47,6 +47,8 @@ class Algorithm(ABC):
         uses_kept: Of a rounder: whether it honours what selections before it have chosen.
         uses_bits: Of a clip or a rounder: whether the groups of a layer may differ in width. A pipeline refuses an
             allocation before one that would give all of them the scheme's.
+        resumable: Whether a block's weights are all that it leaves, so that a job that was killed can go on behind the
+            blocks that are finished.
     """
 
     kind: ClassVar[Kind]
@@ -59,6 +61,7 @@ class Algorithm(ABC):
     uses: ClassVar[frozenset[Choice]] = frozenset({"scales", "zeros", "multiples"})
     uses_kept: ClassVar[bool] = True
     uses_bits: ClassVar[bool] = False
+    resumable: ClassVar[bool] = True
 
     def check(self, scheme: Scheme) -> None:
         """Refuse, before anything is loaded, a scheme that this algorithm can do nothing for.
@@ -156,6 +159,10 @@ class Pipeline(Algorithm):
     @property
     def runs_model(self) -> bool:  # type: ignore[override]
         return any(step.runs_model for step in self)
+
+    @property
+    def resumable(self) -> bool:  # type: ignore[override]
+        return all(step.resumable for step in self)
 
     def check(self, scheme: Scheme) -> None:
         for step in self:

@@ -15,6 +15,7 @@ from qbench.algorithms.base import Algorithm, Choice, Kind
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
 from qbench.errors import Unsuitable
+from qbench.quant.factor import inverse_factor
 from qbench.quant.grid import QParams, choose_qparams, round_to_grid
 from qbench.quant.mixed import choose_mixed, specs_by_group
 from qbench.quant.scheme import Scheme
@@ -49,6 +50,7 @@ class GPTQ(Algorithm):
     true_sequential: bool = True
 
     kind: ClassVar[Kind] = "round"
+    revision: ClassVar[int] = 2
     uses_bits: ClassVar[bool] = True
 
     @property
@@ -127,16 +129,18 @@ class GPTQ(Algorithm):
         if kept is not None:
             importance = importance.masked_fill(kept.all(0), -1.0)
         order = torch.argsort(importance, descending=True, stable=True)
-        factor = inverse_factor(gram + torch.diag(dead.to(gram)), order, self.damp).to(w)
+        factor = inverse_factor(gram, order, self.damp)
 
         # From here on a column of the weight is a row, which lies together in memory.
         wt, scale, zero = w.T[order].contiguous(), scale.T.contiguous(), zero.T.contiguous()
+        del w, ranged  # this copy takes their place
         keep = None if kept is None else kept.T[order]
         groups = (order // size).tolist()
-        q, begun = torch.empty_like(wt), set[int]()
+        begun = set[int]()
         for start in range(0, n, self.block_size):
             stop = min(start + self.block_size, n)
-            errors = torch.empty_like(wt[start:stop])
+            # A block's rows in the weight's precision, so that there is no second matrix beside the factor.
+            rows, errors = factor[start:stop].to(wt), torch.empty_like(wt[start:stop])
             for j in range(start, stop):
                 g = groups[j]
                 if not fixed and g not in begun:
@@ -144,39 +148,19 @@ class GPTQ(Algorithm):
                     columns = j + (order[j:] // size == g).nonzero().flatten()
                     ahead = wt[columns]
                     # Columns beyond this block still wait for its errors so far.
-                    waiting = factor[start:j, columns] * (columns >= stop)
+                    waiting = rows[: j - start, columns] * (columns >= stop)
                     ahead -= waiting.T @ errors[: j - start]
                     if keep is not None:
                         ahead.masked_fill_(keep[columns], 0.0)
                     one = replace(specs[g], granularity="row", group_size=None)
                     scale[g], zero[g] = (
-                        p.flatten() for p in choose(ahead.T, factor.diagonal()[columns], one)
+                        p.flatten() for p in choose(ahead.T, factor.diagonal()[columns].to(wt), one)
                     )
-                q[j] = round_to_grid(wt[j], scale[g], zero[g], specs[g])
+                q = round_to_grid(wt[j], scale[g], zero[g], specs[g])
                 if keep is not None:
-                    q[j] = torch.where(keep[j], wt[j], q[j])
-                errors[j - start] = (wt[j] - q[j]) / factor[j, j]
-                wt[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
-            wt[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        return q[torch.argsort(order)].T
-
-
-def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor of the damped inverse, `(in, in)` in float64; row `j` says how column `j`'s error spreads.
-
-    Rows and columns are those of `gram` in `order`; `damp` is a fraction of the diagonal's mean.
-
-    Raises:
-        torch.linalg.LinAlgError: If the damped Hessian is not positive definite.
-    """
-    gram = gram[order][:, order].double()
-    damped = gram + damp * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-    # With rows and columns reversed, the lower factor of H is an upper one, R Rᵀ = H, and R⁻¹ is the factor of H⁻¹:
-    # one factorization in place of two and an inverse.
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if failed:
-        raise torch.linalg.LinAlgError(
-            f"GPTQ: the damped Hessian of {len(gram)} inputs is not positive definite (minor {int(failed)}); "
-            f"raise algo.damp above {damp}, or calibrate with more tokens"
-        )
-    return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(gram)).to(gram), upper=True)
+                    q = torch.where(keep[j], wt[j], q)
+                errors[j - start] = (wt[j] - q) / rows[j - start, j]
+                wt[j:stop].addr_(rows[j - start, j:stop], errors[j - start], alpha=-1)
+                wt[j] = q
+            wt[stop:].addmm_(rows[:, stop:].T, errors, alpha=-1)
+        return wt[torch.argsort(order)].T

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbench.calib.block import Block
 from qbench.calib.observers import Observer
-from qbench.models.family import Link, head_dim_of
+from qbench.models.family import Link
+from qbench.models.norms import gain_offset
 from qbench.quant.grid import wide
 
 Parameters = dict[str, Tensor]
@@ -49,11 +50,15 @@ class LinkScale:
     Attributes:
         log_scale: `log s`, `(channels,)`. The paper trains `s` and keeps it from zero, which `exp` never reaches.
         shift: `δ`, `(channels,)`; `None` where a module has no bias to take it up.
+        rows: The outputs of the source that feed the sinks; all if `None`.
+        offset: What the source, a norm, adds to its weight.
     """
 
     link: Link
     log_scale: Tensor
     shift: Tensor | None
+    rows: Tensor | None = None
+    offset: float = 0.0
 
     @property
     def trained(self) -> list[Tensor]:
@@ -63,12 +68,12 @@ class LinkScale:
         s, source = self.log_scale.exp(), self.link.source
         if self.shift is not None:
             parameters[f"{source}.bias"] = parameters[f"{source}.bias"] - self.shift
-            for name in self.link.sinks:
+            for name in (*self.link.sinks, *self.link.also):
                 moved = parameters[f"{name}.weight"] @ self.shift.to(parameters[f"{name}.weight"])
                 parameters[f"{name}.bias"] = parameters[f"{name}.bias"] + moved
-        for name in self.link.sinks:
+        for name in (*self.link.sinks, *self.link.also):
             parameters[f"{name}.weight"] = parameters[f"{name}.weight"] * s
-        _scale_rows(parameters, str(source), 1 / s)
+        _scale_rows(parameters, str(source), 1 / s, self.rows, self.offset)
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,15 @@ class ProductScale:
         _scale_rows(parameters, self.query, 1 / s.repeat_interleave(self.heads, 0).flatten())
 
 
-def _scale_rows(parameters: Parameters, name: str, s: Tensor) -> None:
-    """Multiply the output of a norm or a linear layer by `s`, `(channels,)`."""
+def _scale_rows(
+    parameters: Parameters, name: str, s: Tensor, rows: Tensor | None = None, offset: float = 0.0
+) -> None:
+    """Multiply the output of a norm or a linear layer by `s`, `(channels,)`, or that of some `rows`."""
     weight = parameters[f"{name}.weight"]
-    parameters[f"{name}.weight"] = weight * (s if weight.ndim == 1 else s[:, None])
+    if rows is not None:
+        s = torch.ones(len(weight)).to(s).index_put((rows.to(s.device),), s)
+    scaled = (weight + offset if offset else weight) * (s if weight.ndim == 1 else s[:, None])
+    parameters[f"{name}.weight"] = scaled - offset if offset else scaled
     if (bias := parameters.get(f"{name}.bias")) is not None:
         parameters[f"{name}.bias"] = bias * s
 
@@ -124,9 +134,8 @@ def initial_edits(block: Block, alpha: float) -> list[Edit]:
     """
     norms_and_values = [
         k
-        for k in block.links
-        if block.scalable(k)
-        and (k.source == block.family.value or not isinstance(block[str(k.source)], nn.Linear))
+        for k in block.scalings
+        if block.scalable(k) and (k.source == block.family.value or block.is_norm(k))
     ]
     found = block.observe(ChannelRange, links=norms_and_values)
     edits: list[Edit] = [_link_scale(block, link, ends, alpha) for link, (ends,) in found.items()]
@@ -136,22 +145,29 @@ def initial_edits(block: Block, alpha: float) -> list[Edit]:
 
 
 def _link_scale(block: Block, link: Link, ends: Tensor, alpha: float) -> LinkScale:
-    modules = [block[name] for name in (str(link.source), *link.sinks)]
+    source = block[str(link.source)]
+    modules = [source, *block.followers(link)]
     biased = all("bias" in dict(module.named_parameters()) for module in modules)
     shift = ends.mean(0) if biased else None
     x_max = (ends if shift is None else ends - shift).abs().amax(0).clamp(min=1e-5)
     w_max = torch.stack([sink.weight.abs().amax(0) for sink in block.sinks(link)]).amax(0).clamp(min=1e-5)
-    return LinkScale(link, alpha * x_max.log() - (1 - alpha) * w_max.to(x_max).log(), shift)
+    log_scale = alpha * x_max.log() - (1 - alpha) * w_max.to(x_max).log()
+    offset = gain_offset(source) if block.is_norm(link) else 0.0
+    return LinkScale(link, log_scale, shift, block.source_rows(link), offset)
 
 
 def _product_scales(block: Block) -> list[Edit]:
-    query, key = block.family.query_key
+    family, heads = block.family, block.family.heads
+    if family.rotary == "other" or heads is None or heads.fused != "apart":
+        return []  # scales must be shared by what a rotary embedding turns together, and not all of them do as Llama's
+    query, key = family.query_key
     attention = block[key.rpartition(".")[0]]
-    layers = {block.linear(name) for name in block.linears}
-    if set(attention.children()) - layers:
+    if set(attention.children()) - {block.linear(name) for name in block.linears}:
         return []  # norms of queries and keys, which undo what is done to the layers before them
-    weight, size = block.linear(key).weight, head_dim_of(attention.config)
-    n_keys, n_queries = weight.shape[0] // size, block.linear(query).out_features // size
-    width = size // 2 if block.family.rotary else size
-    start = torch.zeros(n_keys, width).to(wide(weight))
-    return [ProductScale(query, key, start, block.family.rotary, n_queries // n_keys)]
+    rotary = family.rotary == "halves"
+    start = torch.zeros(heads.keys, heads.size // 2 if rotary else heads.size)
+    return [
+        ProductScale(
+            query, key, start.to(wide(block.linear(key).weight)), rotary, heads.queries // heads.keys
+        )
+    ]

@@ -44,6 +44,7 @@ class LoRA(Algorithm):
     seed: int = 0
 
     kind: ClassVar[Kind] = "tune"
+    resumable: ClassVar[bool] = False  # adapters are hooks
     needs_float_path: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

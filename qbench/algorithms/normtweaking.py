@@ -54,7 +54,10 @@ class NormTweaking(Algorithm):
 
     @torch.no_grad()
     def process(self, block: Block) -> None:
-        norms = norm_parameters(block)
+        if not (norms := norm_parameters(block)):
+            raise NotImplementedError(
+                "norm tweaking found no gains in the blocks of this model (OLMo has none)"
+            )
         trained = {name: wide(p).clone() for name, p in norms.items()}
         assert block.inputs is not None
         assert block.float_outputs is not None

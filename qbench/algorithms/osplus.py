@@ -19,7 +19,6 @@ from qbench.calib.block import Block
 from qbench.calib.sample import TokenSample
 from qbench.errors import Unsuitable
 from qbench.models.family import Link
-from qbench.models.surgery import migrate_scale
 from qbench.quant.grid import choose_qparams, fake_quantize, wide
 from qbench.quant.scheme import Scheme
 from qbench.quant.spec import QuantSpec
@@ -78,9 +77,7 @@ class OutlierSuppressionPlus(Algorithm):
 
     @torch.no_grad()
     def process(self, block: Block) -> None:
-        norms = [
-            k for k in block.links if block.scalable(k) and not isinstance(block[str(k.source)], nn.Linear)
-        ]
+        norms = [k for k in block.scalings if block.scalable(k) and block.is_norm(k)]
         if not norms:
             raise NotImplementedError(
                 "Outlier Suppression+ found no norm that feeds linear layers alone (post-norm blocks have none); "
@@ -91,12 +88,12 @@ class OutlierSuppressionPlus(Algorithm):
         sample = partial(TokenSample, -(-n_samples * seq_len // self.n_tokens))
         layers = {link: found for link in norms if (found := _layers(block, link))}
         for link, (ends, x) in block.observe(ChannelRange, sample, links=list(layers)).items():
-            source, sinks, ends = block[str(link.source)], block.sinks(link), wide(ends)
-            if all("bias" in dict(module.named_parameters()) for module in (source, *sinks)):
+            source, followers, ends = block[str(link.source)], block.followers(link), wide(ends)
+            if all("bias" in dict(module.named_parameters()) for module in (source, *followers)):
                 shift = ends.mean(0)
-                migrate_shift(source, sinks, shift)
+                migrate_shift(source, followers, shift)
                 ends, x = ends - shift, x - shift
-            migrate_scale(source, sinks, self.search(layers[link], x, ends))
+            block.migrate(link, self.search(layers[link], x, ends))
 
     def search(self, layers: list[Layers], x: Tensor, ends: Tensor) -> Tensor:
         """The best scales for the layers that read `x`, `(n_tokens, in)`, shape `(in,)`.
@@ -134,13 +131,14 @@ def _layers(block: Block, link: Link) -> list[Layers]:
 
 
 @torch.no_grad()
-def migrate_shift(source: nn.Module, sinks: list[nn.Linear], z: Tensor) -> None:
-    """Subtract `z`, `(channels,)`, from the output of `source` and have the sinks' biases make up for it, in place.
+def migrate_shift(source: nn.Module, readers: list[nn.Module], z: Tensor) -> None:
+    """Subtract `z`, `(channels,)`, from the output of `source` and have the readers' biases make up for it, in place.
 
     Raises:
         AttributeError: If `source` has no bias.
     """
     bias = source.get_parameter("bias")
     bias.copy_(bias.double() - z.double())
-    for sink in sinks:
-        sink.bias.copy_(sink.bias.double() + sink.weight.double() @ z.double())
+    for reader in readers:
+        weight, own = reader.get_parameter("weight"), reader.get_parameter("bias")
+        own.copy_(own.double() + weight.double() @ z.double())

@@ -13,7 +13,6 @@ from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.block import Block
 from qbench.calib.observers import AbsMax
 from qbench.errors import Unsuitable
-from qbench.models.surgery import migrate_scale
 from qbench.quant.scheme import Scheme
 
 
@@ -44,8 +43,8 @@ class PercentileSmooth(Algorithm):
 
     @torch.no_grad()
     def process(self, block: Block) -> None:
-        links = [k for k in block.links if block.scalable(k) and k.source != block.family.value]
+        links = [k for k in block.scalings if block.scalable(k) and k.source != block.family.value]
         for link, (peak,) in block.observe(AbsMax, links=links).items():
             rank = int(len(peak) * self.share + 1.5)  # of the largest channel that stays as it is
             level = peak.topk(rank).values[-1].clamp(min=1e-4)
-            migrate_scale(block[str(link.source)], block.sinks(link), (peak / level).clamp(min=1.0))
+            block.migrate(link, (peak / level).clamp(min=1.0))

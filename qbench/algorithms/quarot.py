@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.block import Block
-from qbench.models.family import family_of, head_dim_of
+from qbench.models.blocks import each_block
+from qbench.models.family import Family, family_of
 from qbench.models.rotate import fold_norms, rotate_online, rotate_residual, rotate_values
 from qbench.quant.hadamard import hadamard, has_hadamard, random_hadamard, random_orthogonal
 from qbench.quant.scheme import Scheme
@@ -50,22 +51,35 @@ class QuaRot(Algorithm):
             NotImplementedError: If the residual stream cannot be rotated.
             ValueError: If an online rotation has no Hadamard matrix.
         """
-        family, config = family_of(model), model.config
+        family = family_of(model)
         generator = torch.Generator().manual_seed(self.seed)
         fold_norms(model)
-        residual, how = random_rotation(config.hidden_size, self.rotation, generator)
+        residual, how = random_rotation(model.config.hidden_size, self.rotation, generator)
         rotate_residual(model, residual)
-        head_dim = head_dim_of(config)
-        known = has_hadamard(head_dim)
-        heads = hadamard(head_dim) if known else random_orthogonal(head_dim, generator)
-        report = {"residual": how, "heads": "hadamard" if known else "orthogonal"}
-        for block in model.get_submodule(family.blocks):
-            rotate_values(block, family, heads)
-            if self.online:
-                attention, mlp = (block.get_submodule(name) for name in family.writers)
-                report["attention_out"] = rotate_across_heads(attention, config.num_attention_heads)
-                rotate_online(mlp)
+        report: dict[str, Any] = {"residual": how}
+        heads = self._heads_rotation(family, generator, report)
+        for block in each_block(model, family.blocks):
+            if heads is not None:
+                rotate_values(block, family, heads)
+            for name in family.writers(block) if self.online else ():
+                layer: Any = block.get_submodule(name)
+                if name == family.attention_out and family.heads is not None and heads is not None:
+                    report["attention_out"] = rotate_across_heads(layer, family.heads.queries)
+                else:
+                    rotate_online(layer)
         return {"quarot": report}
+
+    def _heads_rotation(
+        self, family: Family, generator: torch.Generator, report: dict[str, Any]
+    ) -> Tensor | None:
+        """What values are rotated by, head by head; `None` where there are none, or they cannot be, as is reported."""
+        if family.heads is None or family.value is None:
+            report["heads"] = "none"
+            return None
+        size = family.heads.value_size
+        known = has_hadamard(size)
+        report["heads"] = "hadamard" if known else "orthogonal"
+        return hadamard(size) if known else random_orthogonal(size, generator)
 
     def process(self, block: Block) -> None:
         """Nothing is left to do."""

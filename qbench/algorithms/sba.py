@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.algorithms.base import Algorithm, Kind
-from qbench.algorithms.gptq import inverse_factor
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram, Observer
 from qbench.errors import Unsuitable
+from qbench.quant.factor import inverse_factor
 from qbench.quant.grid import fake_quantize, grouped
 from qbench.quant.mixed import of_width
 from qbench.quant.scheme import Scheme
@@ -147,8 +147,7 @@ class SBA(Algorithm):
 def spread(gram: Tensor, damp: float) -> Tensor:
     """`U_jj` of each input channel, `(in,)`, where `U` is the upper factor of the damped inverse Hessian."""
     order = torch.arange(len(gram), device=gram.device)
-    dead = torch.diag((gram.diagonal() == 0).to(gram))
-    return inverse_factor(gram + dead, order, damp).diagonal().to(gram)
+    return inverse_factor(gram, order, damp).diagonal().to(gram)
 
 
 def salience(w: Tensor, spread: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class SQC(Algorithm):
     true_sequential: bool = True
 
     kind: ClassVar[Kind] = "round"
+    revision: ClassVar[int] = 2
     uses: ClassVar[frozenset[Choice]] = frozenset()
     uses_bits: ClassVar[bool] = True
 

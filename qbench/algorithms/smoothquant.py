@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.block import Block
 from qbench.calib.observers import AbsMax
 from qbench.errors import Unsuitable
-from qbench.models.surgery import migrate_scale
 from qbench.quant.scheme import Scheme
 
 
@@ -45,18 +43,13 @@ class SmoothQuant(Algorithm):
 
     @torch.no_grad()
     def process(self, block: Block) -> None:
-        links = [
-            link
-            for link in block.family.links
-            if link.source is not None and not isinstance(block[link.source], nn.Linear)
-        ]
+        links = block.family.norm_links(block.layer)
         if not links:
             raise NotImplementedError(
                 "SmoothQuant found no norm that feeds linear layers alone (post-norm blocks have none); use algo=rtn"
             )
         for link, (x_max,) in block.observe(AbsMax, links=links).items():
-            assert link.source is not None
             sinks = block.sinks(link)
             w_max = torch.stack([sink.weight.abs().amax(0) for sink in sinks]).amax(0).to(x_max)
             s = x_max.clamp(min=1e-5) ** self.alpha / w_max.clamp(min=1e-5) ** (1 - self.alpha)
-            migrate_scale(block[link.source], sinks, s.clamp(min=1e-5))
+            block.migrate(link, s.clamp(min=1e-5))

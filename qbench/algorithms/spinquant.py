@@ -19,7 +19,7 @@ from qbench.algorithms.learn import TREMBLE
 from qbench.algorithms.quarot import random_rotation
 from qbench.calib.block import Block
 from qbench.errors import Unsuitable
-from qbench.models.family import family_of, head_dim_of
+from qbench.models.family import expanded, family_of
 from qbench.models.learned_rotation import rotated
 from qbench.models.rotate import fold_norms, rotate_online, rotate_residual, rotate_values
 from qbench.quant.scheme import Scheme
@@ -75,9 +75,14 @@ class SpinQuant(Algorithm):
         blocks = model.get_submodule(family.blocks)
         fold_norms(model)
         for block in blocks if self.online else ():
-            rotate_online(block.get_submodule(family.writers[1]))
+            for name in expanded(family.mlp_out, (name for name, _ in block.named_modules())):
+                rotate_online(block.get_submodule(name))
         generator = torch.Generator().manual_seed(self.seed)
-        sizes = [model.config.hidden_size] + [head_dim_of(model.config)] * len(blocks)
+        if family.heads is None or family.value is None:
+            raise NotImplementedError(
+                "SpinQuant rotates the values of attention, which this model does not have or clips; use algo=quarot"
+            )
+        sizes = [model.config.hidden_size] + [family.heads.value_size] * len(blocks)
         starts = [random_rotation(n, "hadamard", generator) for n in sizes]
         rotations = [r.to(model.device).requires_grad_() for r, _ in starts]
         residual, *values = rotations

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from qbench.algorithms.base import Algorithm, Choice, Kind
-from qbench.algorithms.gptq import inverse_factor
 from qbench.calib.block import Block
 from qbench.calib.observers import Gram
 from qbench.errors import Unsuitable
+from qbench.quant.factor import inverse_factor
 from qbench.quant.grid import QParams, grouped, qparams_of_range, round_to_grid
 from qbench.quant.scheme import Scheme
 from qbench.quant.spec import QuantSpec
@@ -48,6 +48,7 @@ class SpQR(Algorithm):
     true_sequential: bool = True
 
     kind: ClassVar[Kind] = "round"
+    revision: ClassVar[int] = 2
     uses: ClassVar[frozenset[Choice]] = frozenset()
     uses_kept: ClassVar[bool] = False
 
@@ -84,36 +85,38 @@ class SpQR(Algorithm):
                 block.report.setdefault("kept_weights", {})[name] = int(block.kept[name].sum())
 
     def factor(self, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """The order of the columns, and the factor of the inverse Hessian in that order."""
+        """The order of the columns, and the factor of the inverse Hessian in that order, in float64."""
         diagonal = gram.diagonal()
         order = torch.arange(len(gram), device=gram.device)
         if self.act_order:
             order = torch.argsort(diagonal, descending=True, stable=True)
-        return order, inverse_factor(gram + torch.diag((diagonal == 0).to(gram)), order, self.damp).to(gram)
+        return order, inverse_factor(gram, order, self.damp)
 
     def round(self, w: Tensor, order: Tensor, factor: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """Round `w`, `(out, in)`; returns it with a mask of what is kept. `order` and `factor` as from `factor`."""
         n, back = w.shape[1], torch.argsort(order)
-        importance = factor.diagonal().square().reciprocal()[back]
+        importance = factor.diagonal().to(w).square().reciprocal()[back]
         threshold = self.relative_threshold * (w.var(0) * importance).mean()
         grid = self.grids(w, importance, threshold, spec)
         # From here on a column of the weight is a row, which lies together in memory.
         wt = w.T[order].contiguous()
         scale, zero = (part.to(w).squeeze(-1).T.contiguous() for part in grid)
         groups = (order // (spec.group_size or n)).tolist()
-        q, kept = torch.empty_like(wt), torch.zeros_like(wt, dtype=torch.bool)
+        kept = torch.zeros_like(wt, dtype=torch.bool)
         for start in range(0, n, self.block_size):
             stop = min(start + self.block_size, n)
-            errors = torch.empty_like(wt[start:stop])
+            # A block's rows in the weight's precision, so that there is no second matrix beside the factor.
+            rows, errors = factor[start:stop].to(wt), torch.empty_like(wt[start:stop])
             for j in range(start, stop):
                 snapped = round_to_grid(wt[j], scale[groups[j]], zero[groups[j]], spec)
-                error = (wt[j] - snapped) / factor[j, j]
+                error = (wt[j] - snapped) / rows[j - start, j]
                 kept[j] = error.square() > threshold
-                q[j] = torch.where(kept[j], wt[j], snapped)
+                q = torch.where(kept[j], wt[j], snapped)
                 errors[j - start] = error.masked_fill(kept[j], 0.0)
-                wt[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
-            wt[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        return q[back].T, kept[back].T
+                wt[j:stop].addr_(rows[j - start, j:stop], errors[j - start], alpha=-1)
+                wt[j] = q
+            wt[stop:].addmm_(rows[:, stop:].T, errors, alpha=-1)
+        return wt[back].T, kept[back].T
 
     def grids(self, w: Tensor, importance: Tensor, threshold: Tensor, spec: QuantSpec) -> QParams:
         """Each group's grid, of the range of what is no likely outlier; `importance` is `(in,)`."""

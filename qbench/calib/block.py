@@ -1,8 +1,9 @@
 """One decoder block as algorithms see it: its layers, what they are to become, and what reaches them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.func import functional_call
 from qbench.calib.causal import forward_only
 from qbench.calib.observers import Gram, Observer
 from qbench.calib.stages import Stages
-from qbench.calib.stream import Enough, Stream, hidden_of
+from qbench.calib.stream import Enough, Stream, called, for_batch, hidden_of
 from qbench.models.attention import attention_spec, quantize_attention
-from qbench.models.family import Family, Link
+from qbench.models.family import Family, Link, in_expert
 from qbench.models.hooks import quantized_inputs
 from qbench.models.rotate import is_rotated_online
 from qbench.models.surgery import migrate_scale
@@ -45,6 +46,7 @@ class Block:
         extra_bits: By name: what must be stored beside the model's own parameters (adapters, rotations).
         report: What a step has to tell of this block: losses, counts.
         n_blocks: Of the model.
+        unseen: Layers of experts that no calibration token was routed to: to algorithms they are not there.
     """
 
     index: int
@@ -63,17 +65,24 @@ class Block:
     extra_bits: dict[str, float] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     n_blocks: int = 1
+    unseen: frozenset[str] = frozenset()
     _left: dict[tuple[Any, ...], Stream] = field(default_factory=dict)
     _grams: dict[tuple[Any, ...], dict[Link, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def links(self) -> tuple[Link, ...]:
+        """The links as data flow, in forward order: each layer to quantize is a sink once."""
+        return tuple(k for k in self.family.inputs(self.layer) if not self.unseen.issuperset(k.sinks))
+
+    @cached_property
+    def scalings(self) -> tuple[Link, ...]:
+        """The links as scales move, in forward order: experts follow their norm together."""
+        return tuple(k for k in self.family.scalings(self.layer) if not self.unseen.issuperset(k.sinks))
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
         """The layers to quantize, by name, in forward order."""
-        return {name: self.linear(name) for name in self.family.linears}
-
-    @property
-    def links(self) -> tuple[Link, ...]:
-        return self.family.links
+        return {name: self.linear(name) for link in self.links for name in link.sinks}
 
     @property
     def is_last(self) -> bool:
@@ -145,13 +154,29 @@ class Block:
     def scalable(self, link: Link) -> bool:
         """Whether the link's source has one output channel per input channel of its sinks.
 
-        It has not under grouped-query attention, where a value head feeds several output heads; nor does it where
-        the input is rotated online, which mixes the channels.
+        It has not under grouped-query attention, where a value head feeds several output heads, nor without gains; nor
+        does it where the input is rotated online, which mixes the channels.
         """
         if link.source is None or is_rotated_online(self.linear(link.sinks[0])):
             return False
-        weight = self[link.source].get_parameter("weight")
-        return weight.shape[0] == self.linear(link.sinks[0]).in_features
+        weight = getattr(self[link.source], "weight", None)
+        if weight is None:
+            return False
+        rows = self.source_rows(link)
+        return (len(weight) if rows is None else len(rows)) == self.linear(link.sinks[0]).in_features
+
+    def is_norm(self, link: Link) -> bool:
+        """Whether the link's source is a norm."""
+        return link.source is not None and not isinstance(self[link.source], nn.Linear)
+
+    def source_rows(self, link: Link) -> Tensor | None:
+        """Which outputs of the link's source feed its sinks; `None` for all."""
+        assert link.source is not None, "nothing produces the sinks' input"
+        return self.family.source_rows(link, len(self[link.source].get_parameter("weight")))
+
+    def followers(self, link: Link) -> list[nn.Module]:
+        """Whatever reads what the link's source puts out: its sinks, and what stays in floating point."""
+        return [self[name] for name in (*link.sinks, *link.also)]
 
     def migrate(self, link: Link, s: Tensor) -> None:
         """Divide a link's input by `s`, `(in,)`, and multiply its sinks' columns; Gram matrices that are known follow.
@@ -161,9 +186,10 @@ class Block:
         """
         assert link.source is not None, "nothing produces the sinks' input"
         known = self._grams.pop(self._state(), {})
-        migrate_scale(self[link.source], self.sinks(link), s)
-        if link in known:
-            known[link] = known[link] / s / s[:, None]
+        migrate_scale(self[link.source], self.followers(link), s, self.source_rows(link))
+        for other in known:
+            if set(other.sinks) <= set(link.sinks):
+                known[other] = known[other] / s / s[:, None]
         self._grams[self._state()] = known
 
     @contextmanager
@@ -194,9 +220,8 @@ class Block:
 
     def run(self, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """The block's output for one batch, with `parameters` in place of its own; differentiable."""
-        return hidden_of(
-            functional_call(self.layer, parameters or {}, (hidden.to(self.device),), self.kwargs)
-        )
+        kwargs = for_batch(self.kwargs, len(hidden))
+        return hidden_of(functional_call(self.layer, parameters or {}, (hidden.to(self.device),), kwargs))
 
     def outputs(self, n_samples: int | None = None) -> Stream:
         """What leaves the block as it stands now, for all samples or for the first ones."""
@@ -236,15 +261,14 @@ class Block:
 
         with forward_only(), ExitStack() as stack:
             for link in links:
-                handle = self.linear(link.sinks[0]).register_forward_pre_hook(hook(link))
-                stack.callback(handle.remove)
+                place = self.linear(link.sinks[0]) if link.at is None else self[link.at]
+                stack.callback(place.register_forward_pre_hook(hook(link)).remove)
             for batch in self.inputs.batches() if links else ():
                 waiting.update(links)
-                try:
-                    self.layer(batch.to(self.device), **self.kwargs)
-                except Enough:
-                    continue
-                raise RuntimeError(f"block {self.index} never ran {', '.join(k.sinks[0] for k in waiting)}")
+                with suppress(Enough):
+                    called(self.layer, batch.to(self.device), self.kwargs)
+                if missed := [k.sinks[0] for k in waiting if not in_expert(k)]:
+                    raise RuntimeError(f"block {self.index} never ran {', '.join(missed)}")
         values = {link: tuple(o.value for o in observers[link]) for link in links}
         if Gram in kinds:
             self._grams[self._state()] = {link: v[kinds.index(Gram)] for link, v in values.items()}
@@ -265,15 +289,18 @@ class Block:
             return
 
         def forward(batch: Tensor) -> Tensor:
-            return hidden_of(self.layer(batch.to(self.device), **self.kwargs)).cpu()
+            return called(self.layer, batch.to(self.device), self.kwargs).cpu()
 
         stages = Stages(forward, self.inputs.batches(), [self.linear(link.sinks[0]) for link in self.links])
         try:
             for link in self.links:
-                observers = tuple(make() for make in kinds)
+                observers, n_met = tuple(make() for make in kinds), 0
                 for x in stages.until_next():
+                    n_met += 1
                     for observer in observers:
                         observer.update(x)
+                if n_met < len(self.inputs.batches()) and not in_expert(link):
+                    raise RuntimeError(f"block {self.index} never ran {link.sinks[0]}")
                 yield link, tuple(o.value for o in observers)
             outputs = [] if self.is_last else stages.finish()
         finally:

@@ -43,7 +43,8 @@ class _Mean(Observer):
 class Gram(Observer):
     """Mean of `x xᵀ` over tokens, `(in_features, in_features)`.
 
-    Twice this is the Hessian of the layer's squared output error with respect to a weight row.
+    Twice this is the Hessian of the layer's squared output error with respect to a weight row. There is one matrix: its
+    value is that which the next update changes.
     """
 
     def __init__(self) -> None:
@@ -53,23 +54,33 @@ class Gram(Observer):
         x = _rows(x)
         n = x.shape[1]
         if not self.n_tokens:
-            self._upper = x.new_zeros(n, n)
+            self._matrix = x.new_zeros(n, n)
         old, self.n_tokens = self.n_tokens, self.n_tokens + len(x)
         # The matrix is symmetric: panels from the diagonal to the right are enough, nine sixteenths of the arithmetic.
-        width = max(-(-n // _PANELS), _NARROWEST)
-        for start in range(0, n, width):
+        for start, width in _panels(n):
             columns = x[:, start : start + width]
-            self._upper[start : start + width, start:].addmm_(
+            self._matrix[start : start + width, start:].addmm_(
                 columns.T, x[:, start:], beta=old / self.n_tokens, alpha=1 / self.n_tokens
             )
 
     @property
     def value(self) -> Tensor:  # type: ignore[override]
-        upper = self._upper.triu()
-        return upper + upper.triu(1).T
+        matrix = self._matrix
+        for start, width in _panels(len(matrix)):
+            stop = start + width
+            corner = matrix[start:stop, start:stop].triu()
+            matrix[start:stop, start:stop] = corner + corner.triu(1).T
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+        return matrix
 
 
 _PANELS, _NARROWEST = 8, 64
+
+
+def _panels(n: int) -> list[tuple[int, int]]:
+    """Where runs of channels start, and how many each has at most."""
+    width = max(-(-n // _PANELS), _NARROWEST)
+    return [(start, width) for start in range(0, n, width)]
 
 
 class AbsMean(_Mean):

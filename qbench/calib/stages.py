@@ -7,7 +7,7 @@ stops in front of each chosen layer, and is resumed when that layer has been dea
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
 
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from qbench.calib.causal import forward_only
 
 
 class Stages:
-    """`forward` on every batch, in steps: a step ends when all batches stand before the next of `places`.
+    """`forward` on every batch, in steps: a step ends when no batch stands before its place any more.
 
-    Every forward pass must meet `places` in this order. Nothing is differentiable.
+    Every forward pass must meet `places` in this order; it may pass some by (experts that no token is routed to).
+    Nothing is differentiable.
     """
 
     def __init__(
@@ -28,40 +29,54 @@ class Stages:
         self._batches = list(batches)
         self._running = [greenlet(forward) for _ in batches]
         self._places = list(places)
+        self._step = -1
+        # Where each batch stands, and what it is about to put in; at last, what its forward pass returns.
+        self._at: list[tuple[int, Tensor | None]] = [(-1, None) for _ in batches]
+        self._handles = [
+            place.register_forward_pre_hook(partial(self._pause, index)) for index, place in enumerate(places)
+        ]
 
     def until_next(self) -> Iterator[Tensor]:
-        """Let each batch go on to the next place; yields what it is about to put in.
+        """Let each batch go on to the next place; yields what it is about to put in, of those that meet it.
 
         Raises:
-            RuntimeError: If a forward pass ends without meeting the place.
+            RuntimeError: If a forward pass meets a place after a later one, or ends without meeting the first.
         """
-
-        def pause(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._main.switch(args[0])
-
-        handle = self._places.pop(0).register_forward_pre_hook(pause)
-        try:
-            for index, running in enumerate(self._running):
-                x = self._resume(index)
-                if running.dead:
-                    raise RuntimeError("a forward pass met the layers in another order than they are listed")
+        self._step += 1
+        for index in range(len(self._running)):
+            if self._at[index][0] < self._step:
+                self._at[index] = self._resume(index)
+            place, x = self._at[index]
+            if place == self._step:
+                assert x is not None
                 yield x
-        finally:
-            handle.remove()
 
     def finish(self) -> list[Tensor]:
         """Let each batch run to its end; returns what the forward passes return."""
-        return [self._resume(index) for index in range(len(self._running))]
+        while behind := [i for i, running in enumerate(self._running) if not running.dead]:
+            for index in behind:
+                self._at[index] = self._resume(index)
+        return [made for _, made in self._at if made is not None]
 
     def close(self) -> None:
         """End the passes that were left before their end, which frees their activations."""
         for running in self._running:
             with suppress(GreenletExit):
                 running.throw()
+        for handle in self._handles:
+            handle.remove()
 
-    def _resume(self, index: int) -> Any:
-        running = self._running[index]
+    def _pause(self, place: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if getcurrent() is not self._main:
+            self._main.switch((place, args[0]))
+
+    def _resume(self, index: int) -> tuple[int, Tensor]:
+        running, before = self._running[index], self._at[index][0]
         with (
             forward_only()
         ):  # modes belong to the thread: they hold inside, and not for whoever is called between
-            return running.switch() if running else running.switch(self._batches[index])
+            made = running.switch() if running else running.switch(self._batches[index])
+        place, x = (len(self._places), made) if running.dead else made
+        if place <= before or (before < 0 and place == len(self._places)):
+            raise RuntimeError("a forward pass met the layers in another order than they are listed")
+        return place, x

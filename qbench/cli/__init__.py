@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qbench.cli import reports
+from qbench.cli.models import models
 from qbench.errors import UsageError
 from qbench.sweep.composed import config_of
 
@@ -196,5 +197,5 @@ def _worker(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **reports.COMMANDS, "sync": _sync, "status": _status, "retry": _retry, "sensitivity": _sensitivity,
-    "worker": _worker, "data": _data, "recommend": _recommend,
+    "worker": _worker, "data": _data, "recommend": _recommend, "models": models,
 }  # fmt: skip

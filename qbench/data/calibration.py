@@ -12,7 +12,7 @@ A recipe makes samples of documents:
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,15 @@ from qbench.data.tokens import document_tokens, document_windows, tokenize
 Sampler = Callable[[int, int, int], Tensor]  # (n_samples, seq_len, seed) -> tokens, from the model itself
 
 _SHUFFLE = 42  # the seed of AWQ's and SmoothQuant's code; ours is added to it
+_APART = {
+    "batch_size",
+    "recipe",
+    "path",
+    "mix",
+    "experts",
+    "spill_above",
+    "spill_folder",
+}  # of what identifies
 MADE = ("random", "self", "mix", "text")
 
 
@@ -42,6 +51,9 @@ class CalibrationSet:
         recipe: How samples are drawn; `None` for what is usual with the corpus.
         path: Of the user's text, a file or a folder.
         mix: Names and weights.
+        experts: Whether experts are calibrated on the tokens that are routed to them, or each on all of them.
+        spill_above: Gigabytes (10^9 bytes) above which the hidden states between two blocks are in a file, in
+            `spill_folder`, that of temporary files if `None`; neither is a part of a job's identity.
     """
 
     name: str
@@ -53,6 +65,9 @@ class CalibrationSet:
     recipe: Recipe | None = None
     path: str | None = None
     mix: tuple[tuple[str, float], ...] = ()
+    experts: Literal["routed", "all"] = "routed"
+    spill_above: float | None = None
+    spill_folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in MADE:
@@ -103,7 +118,9 @@ class CalibrationSet:
 
     def identity(self) -> dict[str, Any]:
         """What can change a number."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("batch_size", "recipe", "path", "mix")}
+        kept = {k: v for k, v in asdict(self).items() if k not in _APART}
+        if self.experts != "routed":
+            kept["experts"] = self.experts
         kept |= {"name": versioned(self.path or self.name) if self.path else versioned(self.name)}
         if self.recipe is not None:
             kept["recipe"] = self.recipe

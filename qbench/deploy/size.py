@@ -26,7 +26,7 @@ def size_metrics(
     family = family_of(model)
     n_linear, linear_bits = 0, 0.0
     for index, layer in enumerate(model.get_submodule(family.blocks)):
-        for name in family.linears:
+        for name in family.linears(layer):
             n = layer.get_submodule(name).weight.numel()
             n_linear += n
             linear_bits += stored_bits.get(f"{index}.{name}", float(FLOAT_BITS * n))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbench.evaluate.dispatch import undispatch
 from qbench.evaluate.logits import Tail
 from qbench.evaluate.result import NOTHING, Evaluation, mean
 
@@ -162,4 +163,6 @@ def flips(evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
 def tail_of(model: Any) -> Tail:
     """The floating-point model's, with weights of its own, since quantizing edits the model in place; on the CPU."""
     with torch.no_grad():
-        return Tail(model, share=False).to(torch.device("cpu"))
+        tail = Tail(model, share=False)
+        undispatch(tail.model)
+        return tail.to(torch.device("cpu"))

@@ -1,7 +1,7 @@
 """What a model predicts on windows, batch by batch: whole, or one block at a time on the device.
 
 In the second way all windows go through one block before the next, so that the device holds one block and a batch of
-activations; hidden states wait on the CPU.
+activations; hidden states wait on the CPU, or in a file (`qbench.calib.spill`).
 """
 
 import copy
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbench.calib.stream import first_inputs, hidden_of, swapped, to_device
+from qbench.calib.stream import called, collected, first_inputs, hidden_of, swapped, to_device
 from qbench.engine import placed
+from qbench.models.blocks import at_hand, each_block
 from qbench.models.family import family_of
+from qbench.models.parking import parked
 
 Batch = tuple[slice, Tensor, Tensor]  # which windows, their tokens, (batch, seq_len, vocab) logits
 
@@ -52,13 +54,20 @@ def last_hidden(model: Any, windows: Tensor, batch_size: int, device: torch.devi
     """What the last block puts out, `(n_windows, seq_len, hidden)` on the CPU, one block on the device at a time."""
     family = family_of(model)
     stream, kwargs = first_inputs(model, family, windows, batch_size)
-    hidden = list(stream.batches())
-    for block, kw in zip(model.get_submodule(family.blocks), kwargs, strict=True):
-        # What is moved inside inference_mode is of no use for training ever after.
-        with placed(block, device), torch.inference_mode():
-            there = to_device(kw, device)
-            hidden = [hidden_of(block(h.to(device), **there)).cpu() for h in hidden]
-    return torch.cat(hidden)
+    hidden = stream.hidden
+    with parked(model, family.blocks):
+        for block, kw in zip(each_block(model, family.blocks), kwargs, strict=True):
+            # What is moved inside inference_mode is of no use for training ever after.
+            with placed(block, device):
+                there = to_device(kw, device)
+                outputs = (_output(block, h.to(device), there) for h in hidden.split(batch_size))
+                hidden = collected(outputs, len(windows), into=hidden)
+    return hidden
+
+
+@torch.inference_mode()
+def _output(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    return called(block, hidden, kwargs)
 
 
 @contextmanager
@@ -83,8 +92,10 @@ class Tail:
     """
 
     def __init__(self, model: Any, *, share: bool) -> None:
-        blocks = model.get_submodule(family_of(model).blocks)
-        self._blocks = nn.ModuleList(_Nothing(block) for block in blocks)
+        family = family_of(model)
+        blocks = model.get_submodule(family.blocks)
+        self._as_tuple = family.returns_tuple
+        self._blocks = nn.ModuleList(_Nothing(block, self._as_tuple) for block in blocks)
         memo: dict[int, Any] = {id(blocks): self._blocks}
         if share:
             inside = {id(p) for p in blocks.parameters()}
@@ -94,7 +105,8 @@ class Tail:
     def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits, `(batch, seq_len, vocab)`, of what the last block put out for these tokens."""
         with ExitStack() as stack:
-            stack.enter_context(swapped(self._blocks[-1], "forward", lambda *_, **__: hidden))
+            made = (hidden,) if self._as_tuple else hidden
+            stack.enter_context(swapped(self._blocks[-1], "forward", lambda *_, **__: made))
             return self.model(ids, use_cache=False).logits
 
     def to(self, device: torch.device) -> "Tail":
@@ -106,15 +118,17 @@ class Tail:
 class _Nothing(nn.Module):
     """In the place of a block, with what models read of their blocks."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
         super().__init__()
-        own = nn.Module().__dict__
+        self._as_tuple = as_tuple
+        # What accelerate has put into a block is not read of it, and would run it.
+        own = {*nn.Module().__dict__, "forward", "_old_forward", "_hf_hook"}
         for name, value in block.__dict__.items():
             if name not in own and not isinstance(value, nn.Module):
                 self.__dict__[name] = value
 
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+        return (hidden,) if self._as_tuple else hidden
 
 
 @contextmanager
@@ -123,15 +137,28 @@ def hopping(model: Any, device: torch.device | str) -> Iterator[None]:
     device = torch.device(device)
     blocks = model.get_submodule(family_of(model).blocks)
     handles, home = [], model.device
-    for block in blocks:
-        handles.append(block.register_forward_pre_hook(lambda b, *_: b.to(device) and None, prepend=True))
-        handles.append(block.register_forward_hook(lambda b, *_: b.to(home) and None))
+    held = ExitStack()
+
+    def bring(index: int, block: nn.Module) -> None:
+        held.enter_context(at_hand(model, index))
+        block.to(device)
+
+    def put_back(block: nn.Module) -> None:
+        block.to(home)
+        held.close()
+
+    for index, block in enumerate(blocks):
+        handles.append(block.register_forward_pre_hook(lambda b, *_, i=index: bring(i, b), prepend=True))
+        handles.append(block.register_forward_hook(lambda b, *_: put_back(b)))
     _move_rest(model, device)
     try:
         yield
     finally:
         _move_rest(model, home)
-        blocks.to(home)  # one is left where it worked if it failed
+        for block in blocks:  # one is left where it worked if it failed
+            if not next(block.parameters()).is_meta:
+                block.to(home)
+        held.close()
         for handle in handles:
             handle.remove()
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,10 +14,9 @@ from qbench.data.sources import Source
 from qbench.data.tokens import tokenize
 from qbench.data.windows import Windows, evaluation_windows
 from qbench.evaluate import harness, sandbox, stock
+from qbench.evaluate.dispatch import room_on
 from qbench.evaluate.stock import Shots
 from qbench.evaluate.talk import BENCHES, Talk
-
-_FULL = 0.8  # of a device's free memory, beyond which a model is not put there whole: logits need room too
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class EvalPlan:
         unsafe: Whether code that the model writes may be run.
         skipped: Tasks that were asked for and whose data are missing, with the reason.
         streamed: Whether one block at a time is on the device; `None` where the model does not fit otherwise.
+        device_map: `auto` to spread the model over all CUDA devices; `None` for the job's device alone.
         batch_size, task_batch_size: Windows and lm-eval requests run together; no part of a job's identity.
     """
 
@@ -57,6 +57,7 @@ class EvalPlan:
     talk: Talk | None = None
     unsafe: bool = False
     streamed: bool | None = None
+    device_map: Literal["auto"] | None = None
     skipped: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +66,11 @@ class EvalPlan:
         if self.against_fp and not self.ppl and not self.tasks:
             raise ValueError(
                 "eval.against_fp compares on the texts of eval.ppl and on eval.tasks, which are empty"
+            )
+        if self.streamed and self.device_map:
+            raise ValueError(
+                "eval.streamed=true has one block at a time on one device, and eval.device_map=auto has all blocks on "
+                "several; unset one of them"
             )
         for key, names in (("ppl", self.ppl), ("decode_ppl", self.decode_ppl)):
             for name in names:
@@ -201,16 +207,22 @@ class EvalPlan:
         return found | {name: harness.questions(name, library, self.shots, tokenizer) for name in self.tasks}
 
     def fits(self, model: Any, device: str) -> bool:
-        """Whether a model is put on the device whole."""
+        """Whether a model is put on the device, or the devices, whole.
+
+        Raises:
+            ValueError: If it is to be spread over CUDA devices, and the job's own is none.
+        """
+        cuda = torch.device(device).type == "cuda"
+        if self.device_map and not cuda:
+            raise ValueError(
+                f"eval.device_map={self.device_map} spreads the model over CUDA devices, and the job's is {device}; set "
+                "device=cuda, or eval.device_map=null"
+            )
         if self.streamed is not None:
             return not self.streamed
-        if torch.device(device).type != "cuda":
+        if self.device_map or not cuda:
             return True
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # by torch, for what comes
-        return size <= _FULL * (torch.cuda.mem_get_info(device)[0] + kept)
+        return sum(p.numel() * p.element_size() for p in model.parameters()) <= room_on(device)
 
     def windows(self, name: str, tokenizer: Any, library: Library) -> Windows:
         """The windows of a text that its perplexity is of."""

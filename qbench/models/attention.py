@@ -1,7 +1,8 @@
 """Fake quantization inside attention: of keys and values as a cache would hold them, and of the products' operands.
 
-transformers' attention registry lets one function serve every architecture, and generation through a cache as
+transformers' attention registry lets one function serve nearly every architecture, and generation through a cache as
 well: the cache keeps what was computed, and attention reads it quantized. Keys arrive after the rotary embedding.
+Architectures with arithmetic of their own (Falcon, BLOOM, MPT) are given a cache that quantizes whatever is read from it.
 
 Layouts (`KVSpec`): a grid for each token and head, or for its groups of channels; one fixed grid for a whole layer,
 from calibration data; and KIVI's (Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML
@@ -16,19 +17,21 @@ recorded does not wait for it.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
 from qbench.errors import Unsuitable
-from qbench.models.decoding import attend, keep_whole_past, recent
+from qbench.models.decoding import CACHES, attend, capped_softmax, causal_mask, keep_whole_past, recent
+from qbench.models.family import Family, family_of
 from qbench.models.hooks import on_device
 from qbench.quant.grid import QParams, fake_quantize
 from qbench.quant.hadamard import hadamard, hadamard_transform
 from qbench.quant.scheme import KVSpec
 from qbench.quant.spec import QuantSpec
 
-QUANTIZED_ATTENTION = "qbench_sdpa"
+QUANTIZED_ATTENTION = "qbench"  # transformers reads "sdpa" in a name as a demand for it
 
 Listen = Callable[[Tensor], None]
 
@@ -54,15 +57,21 @@ _SPEC, _LISTENERS = "qbench_attention_spec", "qbench_attention_listeners"
 
 
 def use_quantized_attention(model: Any) -> None:
-    """Let `model` run the attention that `quantize_attention` acts upon; until then it is sdpa, bit for bit.
+    """Let `model` run the attention that `quantize_attention` acts upon; until then it is its own, bit for bit.
 
     Raises:
-        ValueError: If the model runs another attention than `sdpa`, which this one replaces.
+        ValueError: If the model runs another attention than `sdpa`, which this one replaces, and could run that.
     """
-    if model.config._attn_implementation != "sdpa":
+    family = family_of(model)
+    if family.attention == "own":
+        for block in model.get_submodule(family.blocks):
+            attention = block.get_submodule(str(family.attention_out).rpartition(".")[0])
+            attention.register_forward_pre_hook(_through_cache, with_kwargs=True)
+        return
+    own = model.config._attn_implementation
+    if own != "sdpa" and (own != "eager" or model._supports_sdpa):
         raise ValueError(
-            f"the model runs attention {model.config._attn_implementation!r}, quantized attention needs 'sdpa'; "
-            "set model.attn=sdpa"
+            f"the model runs attention {own!r}, quantized attention needs 'sdpa'; set model.attn=sdpa"
         )
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -120,20 +129,24 @@ def observe_kv(layer: nn.Module, kv: KVSpec, key: Listen, value: Listen) -> Iter
             delattr(module, _LISTENERS)
 
 
-def check_kv(model: Any, kv: KVSpec | None, bmm: QuantSpec | None = None) -> None:
-    """Refuse grids that attention cannot have; a skeleton, or a configuration, will do for `model`.
+def check_kv(family: Family, kv: KVSpec | None, bmm: QuantSpec | None = None) -> None:
+    """Refuse grids that attention cannot have.
 
     Raises:
-        Unsuitable: If groups do not divide the head or the residual window, a head has no Hadamard matrix, or a
-            grid would join tokens that are decoded one after another.
+        Unsuitable: If there is no attention, groups do not divide the head or the residual window, a head has no Hadamard
+            matrix, a grid would join tokens that are decoded one after another, or what an attention that is not run by
+            transformers' registry does not show would have to be quantized.
     """
-    config = getattr(model, "config", model)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if kv is None and bmm is None:
+        return
+    if family.attention == "none" or family.heads is None:
+        raise Unsuitable("the model has no attention, hence no keys and values", "unset kvbits and bmm")
+    sizes = {"key": family.heads.size, "value": family.heads.value_size, "bmm": family.heads.size}
     for name, spec in _along_the_head(kv, bmm):
-        if spec.group_size and head_dim % spec.group_size:
+        if spec.group_size and sizes[name] % spec.group_size:
             raise Unsuitable(
                 "attention's groups must divide head_dim",
-                f"the {name} grid's {spec.group_size} does not divide {head_dim}; choose a divisor, or no groups",
+                f"the {name} grid's {spec.group_size} does not divide {sizes[name]}; choose a divisor, or no groups",
             )
         if spec.granularity in ("tensor", "block") and spec.dynamic:
             raise Unsuitable(
@@ -146,7 +159,13 @@ def check_kv(model: Any, kv: KVSpec | None, bmm: QuantSpec | None = None) -> Non
             f"{kv.residual} is not one of {kv.key.group_size}; keys are quantized when the window is full",
         )
     if kv is not None and kv.rotate:
-        _check_rotation(head_dim)
+        _check_rotation(family.heads.size)
+    shown = kv is not None and not (kv.rotate or kv.residual or kv.key_by_channel)
+    if family.attention == "own" and (bmm is not None or not shown):
+        raise Unsuitable(
+            "this architecture has an attention of its own, which shows only its cache",
+            "keys and values by token can be quantized; unset bmm, kv_rotate, kv_residual and keys by channel",
+        )
 
 
 def _along_the_head(kv: KVSpec | None, bmm: QuantSpec | None) -> Iterator[tuple[str, QuantSpec]]:
@@ -190,9 +209,62 @@ def _attention(
     if kv and spec:
         key = fake_quantize(key, kv.key, spec.key and on_device(spec.key, key.device))
         value = fake_quantize(value, kv.value, spec.value and on_device(spec.value, value.device))
+    if kwargs.get("softcap") is not None:  # which sdpa cannot
+        return _capped(query, key, value, attention_mask, **kwargs), None
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} has attention sinks, which quantized attention does not"
+        )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softcap: float, scaling: float, **_: Any
+) -> Tensor:
+    """Attention whose scores are capped by `softcap * tanh(scores / softcap)`, `(batch, seq_len, n_heads, head_dim)`."""
+    n_readers = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(n_readers, 1), value.repeat_interleave(n_readers, 1)
+    seen = causal_mask(mask, query.shape[2], key.shape[2], True, query.device)
+    p = capped_softmax(query @ key.mT * scaling, softcap, seen)
+    return (p.to(value.dtype) @ value).transpose(1, 2)
+
+
+class _Reading:
+    """In the place of a cache: keeps what the cache keeps, or nothing, and is read quantized."""
+
+    def __init__(self, cache: Any, module: nn.Module) -> None:
+        self._cache, self._module = cache, module
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._cache is not None:
+            key, value = self._cache.update(key, value, *args, **kwargs)
+        if listeners := getattr(self._module, _LISTENERS, None):
+            _, on_key, on_value = listeners
+            on_key(key)
+            on_value(value)
+        if (spec := attention_spec(self._module)) is None or spec.kv is None:
+            return key, value
+        return (
+            fake_quantize(key, spec.kv.key, spec.key and on_device(spec.key, key.device)),
+            fake_quantize(value, spec.kv.value, spec.value and on_device(spec.value, value.device)),
+        )
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0 if self._cache is None else int(self._cache.get_seq_length(*args))
+
+
+def _through_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Put `_Reading` where an attention looks for its cache, if there is something to quantize or to listen to."""
+    if attention_spec(module) is None and getattr(module, _LISTENERS, None) is None:
+        return None
+    bound = signature(module.forward).bind_partial(*args, **kwargs)
+    name = next(n for n in (*CACHES, "layer_past") if n in signature(module.forward).parameters)
+    kwargs = {k: v for k, v in bound.arguments.items() if k != "kwargs"} | bound.arguments.get("kwargs", {})
+    return (), kwargs | {name: _Reading(kwargs.get(name), module)}
 
 
 def _keep_key_groups(

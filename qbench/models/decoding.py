@@ -91,7 +91,7 @@ def attend(
         x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in cache[:4]
     )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = _mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
+    mask = causal_mask(attention_mask, query.shape[2], key.shape[2], causal, query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = min(max(_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]), 1), _ROWS)
     outputs = []
@@ -101,7 +101,7 @@ def attend(
         k, v, old_k, old_v = (x[:, :, seen] for x in (key, value, old_key, old_value))
         is_old = cache.key_is_old[:, :, part, seen]
         scores = _scores(wide(query[:, :, part]), wide(k), wide(old_k), is_old)
-        p = _softmax(scores * scaling, softcap, mask[:, :, part, seen]).to(v.dtype)
+        p = capped_softmax(scores * scaling, softcap, mask[:, :, part, seen]).to(v.dtype)
         outputs.append(_weighted_sum(p, v, old_v, cache.value_is_old[:, :, part, seen]))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
@@ -123,8 +123,8 @@ def keep_whole_past(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    name = next(name for name in _CACHES if name in signature(model.forward).parameters)
-    cache = next((kwargs[n] for n in _CACHES if kwargs.get(n) is not None), None)
+    name = next(name for name in CACHES if name in signature(model.forward).parameters)
+    cache = next((kwargs[n] for n in CACHES if kwargs.get(n) is not None), None)
     if cache is None:
         if kwargs.get("use_cache") is False:
             return kwargs
@@ -134,15 +134,15 @@ def keep_whole_past(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
             for layer in cache.layers
         ]
-    return {key: value for key, value in kwargs.items() if key not in _CACHES} | {name: cache}
+    return {key: value for key, value in kwargs.items() if key not in CACHES} | {name: cache}
 
 
-_CACHES = ("cache", "past_key_values")  # as models call it since transformers 5.24, and before
+CACHES = ("cache", "past_key_values")  # as models call it since transformers 5.24, and before
 
 
 def go_on(out: Any) -> dict[str, Any]:
     """What a model must be called with to go on from its output `out`: the cache, by the name that it has there."""
-    for name in _CACHES:
+    for name in CACHES:
         if out.get(name) is not None:
             return {name: out[name]}
     raise NotImplementedError(
@@ -183,7 +183,7 @@ def _taken(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[:, None, :, None].expand(x.shape))
 
 
-def _mask(mask: Tensor | None, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Tensor:
+def causal_mask(mask: Tensor | None, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Tensor:
     """The mask as sdpa takes it, boolean or to be added, `(batch or 1, heads or 1, q_len, kv_len)`."""
     if mask is None:
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
@@ -223,7 +223,7 @@ def _differ(is_old: Tensor) -> tuple[int, int]:
     return int(n_old.min()), int(n_old.max())
 
 
-def _softmax(scores: Tensor, softcap: float | None, mask: Tensor) -> Tensor:
+def capped_softmax(scores: Tensor, softcap: float | None, mask: Tensor) -> Tensor:
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

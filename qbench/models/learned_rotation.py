@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from torch.utils.checkpoint import checkpoint
 
 from qbench.models.attention import quantize_attention
-from qbench.models.family import Family, family_of
+from qbench.models.family import family_of
 from qbench.models.hooks import quantize_input
 from qbench.models.rotate import turn
 from qbench.quant.grid import fake_quantize
@@ -46,14 +46,18 @@ def rotated(
             hook = partial(_turn_input, r=residual, back=back)
             stack.callback(module.register_forward_pre_hook(hook).remove)
         for index, (block, value) in enumerate(zip(blocks, values, strict=True)):
-            for name in family.linears:
+            readers = [name for _, names in family.readers(block) for name in names]
+            linears, writers = family.linears(block), family.writers(block)
+            for name in dict.fromkeys((*linears, *readers)):
                 linear, layer = block.get_submodule(name), scheme.layer(index, name)
-                inputs, outputs = _rotations(family, name, residual, value)
-                turned = _Turned(inputs, outputs, layer.weight if quantize_weights else None)
-                stack.enter_context(_parametrized(linear, "weight", turned))
-                if linear.bias is not None:
-                    stack.enter_context(_parametrized(linear, "bias", _Turned(None, outputs, None)))
-                if layer.activation is not None:
+                inputs = residual if name in readers else value if name == family.attention_out else None
+                outputs = residual if name in writers else value if name == family.value else None
+                rows = family.value_rows(len(linear.weight)) if name == family.value else None
+                spec = layer.weight if quantize_weights and name in linears else None
+                stack.enter_context(_parametrized(linear, "weight", _Turned(inputs, outputs, spec, rows)))
+                if getattr(linear, "bias", None) is not None:
+                    stack.enter_context(_parametrized(linear, "bias", _Turned(None, outputs, None, rows)))
+                if layer.activation is not None and name in linears:
                     stack.callback(quantize_input(linear, layer.activation).remove)
             quantize_attention(block, kv, scheme.bmm)
             stack.callback(quantize_attention, block, None, None)
@@ -66,29 +70,23 @@ def _turn_input(_: nn.Module, args: tuple[Tensor, ...], r: Tensor, back: bool) -
     return (_turn(args[0], r.mT if back else r), *args[1:])
 
 
-def _rotations(
-    family: Family, name: str, residual: Tensor, value: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the input and the output of a layer are rotated by."""
-    attention_out, _ = family.writers
-    inputs = residual if name in family.readers else value if name == attention_out else None
-    outputs = residual if name in family.writers else value if name == family.value else None
-    return inputs, outputs
-
-
 class _Turned(nn.Module):
     """A weight `(out, in)`, or a bias `(out,)`, as the rotations of its layer's input and output make it."""
 
-    def __init__(self, inputs: Tensor | None, outputs: Tensor | None, spec: QuantSpec | None) -> None:
+    def __init__(
+        self, inputs: Tensor | None, outputs: Tensor | None, spec: QuantSpec | None, rows: Tensor | None
+    ) -> None:
         super().__init__()
-        self.rotations, self.spec = (inputs, outputs), spec
+        self.rotations, self.spec, self.rows = (inputs, outputs), spec, rows
 
     def forward(self, w: Tensor) -> Tensor:
         inputs, outputs = self.rotations
         if inputs is not None:
             w = _turn(w, inputs)
         if outputs is not None:
-            w = _turn(w.mT, outputs).mT if w.ndim == 2 else _turn(w, outputs)
+            part = w if self.rows is None else w[self.rows]
+            turned = _turn(part.mT, outputs).mT if w.ndim == 2 else _turn(part, outputs)
+            w = turned if self.rows is None else w.index_put((self.rows,), turned)
         return w if self.spec is None else fake_quantize(w, self.spec)
 
 

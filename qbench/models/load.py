@@ -7,21 +7,27 @@ where it is used: it takes seconds, for which a command whose jobs are all recor
 import hashlib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from qbench.data.library import unreachable
 from qbench.errors import Unsuitable, first_line
 from qbench.models.attention import check_kv
-from qbench.models.family import family_of
+from qbench.models.checkpoint import checkpoint_info, open_checkpoint
+from qbench.models.disk import open_model
+from qbench.models.experts import unpack
+from qbench.models.family import Family, family_of
 from qbench.models.outliers import norm_links, plant_outliers
+from qbench.models.snapshot import snapshot
 from qbench.quant.scheme import Scheme, fits
 from qbench.quant.spec import QuantSpec
 from qbench.zoo import WEIGHTS
+
+Offload = Literal["auto", "memory", "disk"]
 
 _SAMPLE = 1 << 20  # bytes read at each of _PLACES places of a weight file
 _PLACES = 64
@@ -36,9 +42,12 @@ class ModelRef:
         id: Hub id, local folder, or `zoo/<name>`.
         revision: Hub commit, tag or branch; pin a commit where results must be reproducible.
         dtype: Of weights and arithmetic.
-        attn: The attention implementation; results differ visibly between them in half precision.
+        attn: The attention implementation; results differ visibly between them in half precision. `auto` leaves it to
+            transformers: sdpa where the architecture has it.
         outliers: Make a few channels of every norm's output this many times larger, and the weights that
             read them smaller, so that the function stays (`qbench.models.outliers`); a power of two is exact.
+        offload: Whether the decoder blocks stay on disk and come into memory one at a time (`disk`), all are in memory
+            (`memory`), or what fits (`auto`); no part of a job's identity.
     """
 
     id: str
@@ -47,6 +56,7 @@ class ModelRef:
     attn: str = "sdpa"
     trust_remote_code: bool = False
     outliers: float | None = None
+    offload: Offload = "auto"
 
     def __post_init__(self) -> None:
         if self.outliers is not None and not 1 < self.outliers < math.inf:
@@ -118,6 +128,15 @@ class ModelRef:
                     digest.update(file.read(_SAMPLE))
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def stored_dtype(self) -> str:
+        """The dtype of most of the checkpoint's numbers; of a hub model that of its config, without fetching weights."""
+        from transformers import AutoConfig
+
+        if self.folder is not None:
+            return checkpoint_info(self.folder).dtype
+        return str(AutoConfig.from_pretrained(**self._source).dtype or "float32").removeprefix("torch.")
+
     @property
     def _source(self) -> dict[str, Any]:
         return {
@@ -128,16 +147,47 @@ class ModelRef:
             "local_files_only": self.folder is None and bool(unreachable()),
         }
 
+    def open(self, scratch: Path) -> Any:
+        """The same model with its decoder blocks on disk; edited ones are kept in the folder `scratch`.
+
+        Raises:
+            OSError: If a file is missing, damaged or cut off; names it.
+        """
+        shell = replace(self, outliers=None).skeleton()
+        folder = self.folder or snapshot(
+            self.id, self.revision, local_files_only=self._source["local_files_only"]
+        )
+        model = open_model(
+            shell.config,
+            type(shell),
+            folder,
+            family_of(shell).blocks,
+            getattr(torch, self.dtype),
+            scratch,
+            unpack,
+        )
+        if self.outliers is not None:
+            plant_outliers(model, self.outliers)
+        return model.eval().requires_grad_(False)
+
+    @property
+    def _attention(self) -> str | None:
+        """As transformers is told: nothing lets it choose."""
+        return None if self.attn == "auto" else self.attn
+
     def load(self) -> Any:
         """The model on the CPU, in evaluation mode."""
         from transformers import AutoModelForCausalLM
 
+        if self.folder is not None:
+            open_checkpoint(self.folder)  # which names the file that is missing, cut off or damaged
         model = AutoModelForCausalLM.from_pretrained(
             **self._source,
             dtype=getattr(torch, self.dtype),
-            attn_implementation=self.attn,
+            attn_implementation=self._attention,
             use_safetensors=True,
         )
+        unpack(model)
         if self.outliers is not None:
             plant_outliers(model, self.outliers)
         return model.eval().requires_grad_(False)
@@ -165,7 +215,10 @@ class ModelRef:
                 "check model.id, log in for a gated model, or give a local folder"
             ) from error
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=self.trust_remote_code, attn_implementation=self._attention
+            )
+        unpack(model)
         if self.outliers is not None:
             norm_links(model)
         return model
@@ -197,18 +250,31 @@ def check_fit(model: Any, scheme: Scheme) -> None:
     """
     family = family_of(model)
     blocks = model.get_submodule(family.blocks)
+    layers = [(index, name) for index, block in enumerate(blocks) for name in family.linears(block)]
     for pattern, _ in scheme.overrides:
-        if not any(fits(pattern, index, name) for index in range(len(blocks)) for name in family.linears):
+        if not any(fits(pattern, index, name) for index, name in layers):
             raise ValueError(
-                f"scheme.overrides: {pattern!r} fits no layer; layers are called 0.{family.linears[0]} to "
-                f"{len(blocks) - 1}.{family.linears[-1]}"
+                f"scheme.overrides: {pattern!r} fits no layer; layers are called {layers[0][0]}.{layers[0][1]} to "
+                f"{layers[-1][0]}.{layers[-1][1]}"
             )
-    check_kv(model, scheme.kv, scheme.bmm)
-    for index in range(len(blocks) if scheme.overrides else 1):
-        for name in family.linears:
-            layer, width = scheme.layer(index, name), blocks[index].get_submodule(name).in_features
-            _check_groups("group_size", layer.weight, name, width)
-            _check_groups("act_group_size", layer.activation, name, width)
+    check_kv(family, scheme.kv, scheme.bmm)
+    _check_attention(model, family, scheme)
+    for index, name in layers:
+        layer, width = scheme.layer(index, name), blocks[index].get_submodule(name).in_features
+        _check_groups("group_size", layer.weight, name, width)
+        _check_groups("act_group_size", layer.activation, name, width)
+
+
+def _check_attention(model: Any, family: Family, scheme: Scheme) -> None:
+    own = model.config._attn_implementation
+    inside = scheme.kv is not None or scheme.bmm is not None
+    if (
+        inside
+        and family.attention == "registry"
+        and own != "sdpa"
+        and (own != "eager" or model._supports_sdpa)
+    ):
+        raise Unsuitable("quantization inside attention needs model.attn=sdpa", f"model.attn is {own}")
 
 
 def _check_groups(key: str, spec: QuantSpec | None, name: str, width: int) -> None:

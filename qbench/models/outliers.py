@@ -10,8 +10,9 @@ diagonal, `W x = (W D⁻¹)(D x)`, and the quantizer meets `D x`.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qbench.models.blocks import each_block
 from qbench.models.family import Link, family_of
 from qbench.models.surgery import migrate_scale
 
@@ -34,11 +35,7 @@ def norm_links(model: Any) -> tuple[Link, ...]:
     """
     family = family_of(model)
     block = model.get_submodule(family.blocks)[0]
-    links = tuple(
-        link
-        for link in family.links
-        if link.source is not None and not isinstance(block.get_submodule(link.source), nn.Linear)
-    )
+    links = tuple(link for link in family.norm_links(block) if link.source in family.norms)
     if not links:
         raise NotImplementedError(
             "outliers are planted in norms that feed linear layers alone, and this model has none "
@@ -56,11 +53,14 @@ def plant_outliers(model: Any, factor: float) -> None:
     Raises:
         NotImplementedError: If no norm of the model feeds linear layers alone.
     """
-    family, links = family_of(model), norm_links(model)
-    for block in model.get_submodule(family.blocks):
-        for link in links:
-            assert link.source is not None
-            sinks = [block.get_submodule(name) for name in link.sinks]
-            s = torch.ones(sinks[0].in_features, dtype=torch.float64, device=sinks[0].weight.device)
+    family = family_of(model)
+    norm_links(model)
+    for block in each_block(model, family.blocks):
+        for link in family.norm_links(block):
+            if link.source not in family.norms:
+                continue
+            followers = [block.get_submodule(name) for name in (*link.sinks, *link.also)]
+            first = block.get_submodule(link.sinks[0]).get_parameter("weight")
+            s = torch.ones(first.shape[1], dtype=torch.float64, device=first.device)
             s[outlier_channels(len(s)).to(s.device)] = 1 / factor
-            migrate_scale(block.get_submodule(link.source), sinks, s)
+            migrate_scale(block.get_submodule(link.source), followers, s)

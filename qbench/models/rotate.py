@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbench.models.blocks import each_block
 from qbench.models.family import Family, family_of
+from qbench.models.norms import centres, gain_offset, plain_norm
 from qbench.quant.hadamard import hadamard_transform
 
 
@@ -29,19 +31,20 @@ def turn(x: Tensor, r: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_inputs(linear: nn.Linear | nn.Embedding, r: Tensor) -> None:
-    """`W ← W R`: the layer now expects inputs rotated by `r`; the rows of an embedding are rotated."""
-    w = linear.weight
+def rotate_inputs(reader: Any, r: Tensor) -> None:
+    """`W ← W R`: a layer, or a router, now expects inputs rotated by `r`; the rows of an embedding are rotated."""
+    w = reader.weight
     w.copy_(turn(w.double(), r.to(w.device, torch.float64)))
 
 
 @torch.no_grad()
-def rotate_outputs(linear: nn.Linear, r: Tensor) -> None:
-    """`W ← Rᵀ W` and `b ← b R`: the layer's output is rotated by `r`."""
+def rotate_outputs(linear: nn.Linear, r: Tensor, rows: Tensor | None = None) -> None:
+    """`W ← Rᵀ W` and `b ← b R`: the layer's output is rotated by `r`, or some `rows` of it."""
     w, r = linear.weight, r.to(linear.weight.device, torch.float64)
-    w.copy_(turn(w.double().mT, r).mT)
+    part = slice(None) if rows is None else rows.to(w.device)
+    w[part] = turn(w[part].double().mT, r).mT.to(w.dtype)
     if linear.bias is not None:
-        linear.bias.copy_(turn(linear.bias.double(), r))
+        linear.bias[part] = turn(linear.bias[part].double(), r).to(w.dtype)
 
 
 def rotate_residual(model: Any, r: Tensor) -> None:
@@ -49,17 +52,21 @@ def rotate_residual(model: Any, r: Tensor) -> None:
     family = family_of(model)
     for path in (*family.embeddings, family.head):
         rotate_inputs(model.get_submodule(path), r)
-    for block in model.get_submodule(family.blocks):
-        for name in family.readers:
-            rotate_inputs(block.get_submodule(name), r)
-        for name in family.writers:
-            rotate_outputs(block.get_submodule(name), r)
+    for block in each_block(model, family.blocks):
+        for _, names in family.readers(block):
+            for name in names:
+                rotate_inputs(block.get_submodule(name), r)
+        for name in family.writers(block):
+            rotate_outputs(block.get_submodule(name), r)  # type: ignore[arg-type]
 
 
 def rotate_values(block: nn.Module, family: Family, r: Tensor) -> None:
-    """Rotate the values of every head of a decoder block by `r`, `(head_dim, head_dim)`, and undo it behind attention."""
-    rotate_outputs(block.get_submodule(family.value), r)  # type: ignore[arg-type]
-    rotate_inputs(block.get_submodule(family.writers[0]), r)  # type: ignore[arg-type]
+    """Rotate the values of every head of a decoder block by `r`, `(value_size, value_size)`, and undo it behind it."""
+    assert family.value is not None, "there are no values"
+    assert family.attention_out is not None, "nor what reads them"
+    layer = block.get_submodule(family.value)
+    rotate_outputs(layer, r, family.value_rows(layer.out_features))  # type: ignore[arg-type]
+    rotate_inputs(block.get_submodule(family.attention_out), r)
 
 
 @torch.no_grad()
@@ -106,44 +113,48 @@ def fold_norms(model: Any) -> None:
     if family.final_norm is None:
         raise NotImplementedError(
             "the residual stream of this model cannot be rotated: its norms are part of it (post-norm), or it has "
-            "projections or no norm at its end; use an algorithm without rotations"
+            "projections or no norm at its end, or where its parts are was not described; use an algorithm without "
+            "rotations"
         )
     _untie(model, family)
-    blocks = model.get_submodule(family.blocks)
-    if isinstance(model.get_submodule(family.final_norm), nn.LayerNorm):
+    final: Any = model.get_submodule(family.final_norm)
+    centred = centres(final)
+    if centred:
         for path in family.embeddings:
             weight = model.get_submodule(path).weight
             weight.copy_(_centred(weight, -1))
-        for writer in (block.get_submodule(name) for block in blocks for name in family.writers):
+    for block in each_block(model, family.blocks):
+        for writer in (block.get_submodule(name) for name in family.writers(block)) if centred else ():
             writer.weight.copy_(_centred(writer.weight, 0))
             if writer.bias is not None:
                 writer.bias.copy_(_centred(writer.bias, 0))
-    for block in blocks:
-        for link in family.links:
-            if link.sinks[0] in family.readers:
-                assert link.source is not None
-                _fold(block, link.source, [block.get_submodule(name) for name in link.sinks])
+        for norm, names in family.readers(block):
+            _fold(block, norm, [block.get_submodule(name) for name in names])
     _fold(model, family.final_norm, [model.get_submodule(family.head)])
 
 
-def _fold(parent: nn.Module, path: str, readers: list[nn.Linear]) -> None:
+def _fold(parent: nn.Module, path: str, readers: list[Any]) -> None:
     norm: Any = parent.get_submodule(path)
-    if norm.weight is not None:
-        gain = norm.weight.double()
-        for linear in readers:
-            w = linear.weight.double()
-            if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
-                _add_bias(linear, w @ norm.bias.double())
-            linear.weight.copy_(w * gain)
-        norm.weight.fill_(1.0)
-    if isinstance(norm, nn.LayerNorm):
-        like = readers[0].weight
-        plain = nn.RMSNorm(norm.normalized_shape, norm.eps, dtype=like.dtype, device=like.device)
+    if getattr(norm, "weight", None) is not None:
+        offset = gain_offset(norm)
+        gain, bias = norm.weight.double() + offset, getattr(norm, "bias", None)
+        for reader in readers:
+            w = reader.weight.double()
+            if bias is not None:
+                _add_bias(reader, w @ bias.double())
+            reader.weight.copy_(w * gain)
+        norm.weight.fill_(1.0 - offset)
+    if centres(norm):
         above, _, name = path.rpartition(".")
-        setattr(parent.get_submodule(above), name, plain.requires_grad_(False).train(norm.training))
+        setattr(parent.get_submodule(above), name, plain_norm(norm, readers[0].weight))
 
 
-def _add_bias(linear: nn.Linear, bias: Tensor) -> None:
+def _add_bias(linear: Any, bias: Tensor) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise NotImplementedError(
+            f"the bias of a norm would have to go into a {type(linear).__name__}, which has none of its own; use an "
+            "algorithm without rotations"
+        )
     if linear.bias is None:
         linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
     else:

@@ -59,7 +59,7 @@ def units_of(model: Any, cut: Cut) -> tuple[Unit, ...]:
     members: dict[str, list[tuple[int, str]]] = {}
     patterns: dict[str, dict[str, None]] = {}
     for index in range(len(blocks)):
-        for link in family.links:
+        for link in family.inputs(blocks[index]):
             for layer in link.sinks:
                 unit, pattern = _names(cut, index, link, layer)
                 members.setdefault(unit, []).append((index, layer))

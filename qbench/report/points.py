@@ -10,7 +10,7 @@ import pandas as pd
 
 from qbench.deploy.devices import device
 from qbench.deploy.roofline import Phase, bits_of, latency
-from qbench.models.shape import Shape
+from qbench.models.recorded import shape_from
 from qbench.report.cells import Cells, Recipe
 from qbench.report.figures.fronts import on_front
 from qbench.report.metrics import is_cost, is_perplexity
@@ -105,10 +105,10 @@ def cost_of(recipe: Recipe, x: str) -> float | None:
 
 def _cost(record: Record, x: str) -> float | None:
     if roof := _ROOF.fullmatch(x):
-        if "shape" not in record:  # of an older qbench
+        if not record.get("shape"):  # of an older qbench
             return None
         phase: Phase = "prefill" if roof[1] == "prefill" else "decode"
-        shape = Shape(**record["shape"])
+        shape = shape_from(record["shape"])
         found = latency(shape, bits_of(record), device(roof[2]), 1, _CONTEXT, phase, fused=True)
         return 1000 * found.seconds
     value = record["labels"].get(x, record["metrics"].get(x))

@@ -40,7 +40,7 @@ class Beacon:
     def __enter__(self) -> Self:
         self.state = {
             "name": self.name, "launch": self.launch, "host": socket.gethostname(), **this_process(),
-            "log": self.log, "state": "starting", "since": time.time(), "job": None, "title": "", "phase": "",
+            "log": self.log, "state": "starting", "since": time.time(), "job": None, "title": "", "phase": "", "memory": "",
             "block": None, "done": 0, "failed": 0,
         }  # fmt: skip
         self.write()

@@ -105,7 +105,7 @@ def _size(ref: ModelRef, scheme: Scheme) -> dict[str, float]:
     family = family_of(model)
     bits = {}
     for index, block in enumerate(model.get_submodule(family.blocks)):
-        for name in family.linears:
+        for name in family.linears(block):
             rows, columns = block.get_submodule(name).weight.shape
             bits[f"{index}.{name}"] = layer_bits(scheme.layer(index, name).weight, rows, columns)
     return size_metrics(model, sum(p.numel() for p in model.parameters()), bits)

@@ -36,6 +36,7 @@ class Progress:
         )  # fmt: skip
         self._jobs = self._bars.add_task("jobs", total=total, completed=done, note="")
         self._workers: dict[str, TaskID] = {}
+        self._weighed: set[str] = set()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -63,6 +64,12 @@ class Progress:
         for name in self._workers.keys() - {state["name"] for state in states}:
             self._bars.remove_task(self._workers.pop(name))
         for number, state in enumerate(states, 1):
+            model = state["title"].partition(" ")[0]
+            if (
+                state.get("memory") and model not in self._weighed
+            ):  # once for a model: its jobs take much the same
+                self._weighed.add(model)
+                self._say(f"{model}: {state['memory']}")
             if state["name"] not in self._workers:
                 self._workers[state["name"]] = self._bars.add_task("", total=None, note="")
             done, total = state["block"] or (0, None)

@@ -88,7 +88,7 @@ def _hardware(asked: Constraints) -> str:
 def _latency(asked: Constraints, model: ModelRef) -> Latency | None:
     if asked.hardware is None:
         return None
-    shape, hardware = shape_of(skeleton(model).config), asked.hardware
+    shape, hardware = shape_of(skeleton(model).config, model.trust_remote_code), asked.hardware
 
     def seconds(record: dict[str, Any]) -> float:
         bits = bits_of(record)

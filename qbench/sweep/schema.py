@@ -15,10 +15,11 @@ class Strict(BaseModel):
 class ModelSettings(Strict):
     id: str
     revision: str | None = None
-    dtype: Literal["auto", "fastest", "float32", "bfloat16", "float16"] = "auto"
-    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    dtype: Literal["auto", "fastest", "checkpoint", "float32", "bfloat16", "float16"] = "auto"
+    attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     outliers: float | None = None
+    offload: Literal["auto", "memory", "disk"] = "auto"
 
 
 class CalibSettings(Strict):
@@ -30,6 +31,9 @@ class CalibSettings(Strict):
     recipe: Literal["windows", "document", "pack", "truncate"] | None = None
     path: str | None = None
     mix: dict[str, float] | None = None
+    experts: Literal["routed", "all"] = "routed"
+    spill_above: float | None = None
+    spill_folder: str | None = None
 
 
 class EvalSettings(Strict):
@@ -40,6 +44,7 @@ class EvalSettings(Strict):
         task_batch_size: `None` for as many as the GPU holds.
         skip_missing: Leave out tasks whose data are missing, rather than refuse the job.
         streamed: Keep one block at a time on the device; `None` where the model does not fit otherwise.
+        device_map: Spread the model over all CUDA devices; `None` for the job's device alone.
     """
 
     ppl: tuple[str, ...] = ()
@@ -62,6 +67,7 @@ class EvalSettings(Strict):
     skip_missing: bool = False
     allow_code_execution: bool = False
     streamed: bool | None = None
+    device_map: Literal["auto"] | None = None
 
 
 class JudgeSettings(Strict):

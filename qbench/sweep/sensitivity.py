@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from qbench.errors import UsageError
+from qbench.measure import calibration_tokens
 from qbench.report.sensitivity import (
     draw_effects,
     print_effects,
@@ -17,7 +18,6 @@ from qbench.report.sensitivity import (
     write_effects,
     write_statistics,
 )
-from qbench.run import calibration_tokens
 from qbench.statistics import tensor_statistics
 from qbench.sweep.measurements import Measurements
 from qbench.sweep.session import OK

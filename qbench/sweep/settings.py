@@ -172,6 +172,8 @@ def _model(asked: ModelSettings, device: str) -> ModelRef:
         model["dtype"] = "float32" if device == "cpu" else "bfloat16"
     if model["dtype"] == "fastest":
         model["dtype"] = fastest_dtype() if device == "cpu" else "bfloat16"
+    if model["dtype"] == "checkpoint":
+        model["dtype"] = ModelRef(**model | {"dtype": "float32"}).stored_dtype
     return ModelRef(**model)
 
 
@@ -183,7 +185,7 @@ def calibration(asked: CalibSettings, seed: int) -> CalibrationSet:
 def _evaluation(asked: EvalSettings, judge: JudgeSettings, library: Library) -> EvalPlan:
     plain = asked.model_dump(include={
         "ppl", "tasks", "seq_len", "max_windows", "stride", "limit", "batch_size", "task_batch_size", "against_fp", "split",
-        "decode_ppl", "decode_windows", "streamed",
+        "decode_ppl", "decode_windows", "streamed", "device_map",
     })  # fmt: skip
     plan = EvalPlan(
         **plain, shots=Shots(tuple((asked.shots or {}).items()), asked.shots_split),

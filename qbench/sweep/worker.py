@@ -21,7 +21,9 @@ import torch
 
 from qbench.errors import first_line
 from qbench.job import Job
-from qbench.run import Outcome, Reporter, Shared, failure, run
+from qbench.measure import Reporter, Shared
+from qbench.opening import clear_partial
+from qbench.run import Outcome, failure, run
 from qbench.sweep.beacon import Beacon
 from qbench.sweep.launch import Group, Launch, by_group
 from qbench.track.claims import Claim, Claims
@@ -142,12 +144,12 @@ class Worker:
             self.keep(Outcome(failure(job, started, "killed", reason, log=death["log"])), claim)
             return True
         self.beacon.update(
-            state="running", job=fingerprint, title=job.title, phase="load", job_since=time.time(),
+            state="running", job=fingerprint, title=job.title, phase="load", memory="", job_since=time.time(),
             block=None, claim=str(claim.path), log_from=log_from,
         )  # fmt: skip
         watch = _Watch(self, job, claim, started, log_from)
         with watch:
-            outcome = run(job, self._shared, Reporter(self._on_phase, self._on_block))
+            outcome = run(job, self._shared, Reporter(self._on_phase, self._on_block, self._on_memory))
         if claim.lost:
             print(f"{job.title}: another worker took the job during a long silence; dropped here", flush=True)
             self._left.setdefault(self.launch.groups[fingerprint], []).append(
@@ -163,6 +165,8 @@ class Worker:
             outcome.record["system"] = watch.system
         try:
             self.keep(outcome, claim)
+            if outcome.record["status"] == "done":
+                clear_partial(job)
         except (TypeError, ValueError) as error:  # a result that cannot be stored is a failure of its job
             outcome = Outcome(failure(job, started, "raised", first_line(error), traceback.format_exc()))
             self.keep(outcome, claim)
@@ -177,6 +181,10 @@ class Worker:
 
     def _on_block(self, done: int, total: int) -> None:
         self.beacon.state["block"] = [done, total]  # written with the next beat
+        self.report(self.beacon.state)
+
+    def _on_memory(self, line: str) -> None:
+        self.beacon.update(memory=line)
         self.report(self.beacon.state)
 
     def keep(self, outcome: Outcome, claim: Claim) -> None:

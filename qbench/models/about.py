@@ -1,0 +1,43 @@
+"""What a record says of the model that was quantized, beside its name: where things were found, and what was left."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from qbench.models.disk import on_disk
+from qbench.models.family import EVERY, Link, family_of
+from qbench.models.load import ModelRef
+
+
+def about(ref: ModelRef, model: Any) -> dict[str, Any]:
+    """Plain facts: architecture, dtypes, commit, where the blocks are, and by pattern what is not quantized and why.
+
+    `unlinked` are layers whose input no norm or layer can take a scale for, so that transforms leave it alone.
+    """
+    family = family_of(model)
+    skipped: dict[str, str] = {}
+    unlinked: dict[str, None] = {}
+    for block in model.get_submodule(family.blocks):
+        skipped |= {_pattern(name): why for name, why in family.skipped(block).items()}
+        loose = [link for link in family.scalings(block) if not _has_source(block, link)]
+        unlinked |= dict.fromkeys(_pattern(name) for link in loose for name in link.sinks)
+    return {
+        "family": model.config.model_type,
+        "discovered": family.discovered,
+        "attention": model.config._attn_implementation,
+        "dtype": ref.dtype,
+        "checkpoint_dtype": ref.stored_dtype,
+        "commit": getattr(model.config, "_commit_hash", None),
+        "blocks": "disk" if on_disk(model) else "memory",
+        "skipped": skipped,
+        "unlinked": list(unlinked),
+    }
+
+
+def _has_source(block: nn.Module, link: Link) -> bool:
+    return link.source is not None and getattr(block.get_submodule(link.source), "weight", None) is not None
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+\.", f".{EVERY}.", name)
