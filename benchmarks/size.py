@@ -1,11 +1,11 @@
 """A model larger than the memory it may take: a random Llama on disk, GPTQ w4g128 and perplexity, block by block.
 
-    python benchmarks/size.py run <folder> [blocks, 24 by default]      one job; prints peak memory and time by block
+    python benchmarks/size.py run <folder> [blocks, 48 by default]      one job; prints peak memory and time by block
     python benchmarks/size.py double <folder>                           the same with half of the blocks beside it
     python benchmarks/size.py kill <folder> [blocks, 6 by default]      killed half-way and gone on, against undisturbed
 
-The checkpoint is written once under <folder>, in bfloat16 and in shards of one block (hidden 2048, intermediate 5632, 16
-heads, 32,000 words: 24 blocks are 2.7 GB). `run` and `double` are the `qbench` command with `model.offload=disk`,
+The checkpoint is written once under <folder>, in bfloat16 and in shards of one block (hidden 1536, intermediate 4096, 12
+heads, 32,000 words: 48 blocks are 2.9 GB). `run` and `double` are the `qbench` command with `model.offload=disk`,
 everything in one process; its peak is the kernel's `ru_maxrss`. `kill` calls the engine, and compares the finished blocks'
 files byte by byte.
 """
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qbench.zoo import WEIGHTS
 
-SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16}
+SIZES = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 12, "num_key_value_heads": 12}
 CALIBRATION = {"n_samples": 8, "seq_len": 512}
 WINDOWS, WINDOW = 8, 512
 
@@ -166,7 +166,7 @@ def main() -> None:
     elif what == "kill":
         kill(Path(folder), int(rest[0]) if rest else 6)
     else:
-        n_blocks = int(rest[0]) if rest else 24
+        n_blocks = int(rest[0]) if rest else 48
         print("| blocks | checkpoint GB | peak MB | bound MB | calib peak MB | eval peak MB | s a block, first half | "
               "second half | calib s | eval s | wall s |\n" + "|---" * 11 + "|")  # fmt: skip
         for n in (n_blocks // 2, n_blocks) if what == "double" else (n_blocks,):

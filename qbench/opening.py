@@ -14,6 +14,7 @@ from qbench.calib.spill import spilling
 from qbench.engine import needs_data
 from qbench.errors import Unsuitable
 from qbench.job import Job, skeleton, tokenizer
+from qbench.memory.allocator import freed_memory_returned
 from qbench.memory.check import check, describe
 from qbench.memory.estimate import Estimate, Work, estimated
 from qbench.memory.free import free_memory
@@ -80,7 +81,8 @@ def place_of(job: Job, say: Say, kept: int) -> Iterator[Place]:
             folder = temporary = Path(mkdtemp(prefix="qbench-"))
         resumable = temporary is None and job.algorithm.resumable
         try:
-            yield Place(folder / "blocks", Progress(folder) if resumable else None)
+            with freed_memory_returned():
+                yield Place(folder / "blocks", Progress(folder) if resumable else None)
         finally:
             if temporary is not None:
                 rmtree(temporary, ignore_errors=True)

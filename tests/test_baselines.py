@@ -45,6 +45,7 @@ def test_a_sweep_evaluates_the_floating_point_model_once_for_each_evaluation_set
     assert sorted(asked) == sorted(sets)
 
 
+@pytest.mark.slow
 def test_several_workers_share_them(qbench):
     assert qbench("-m", "algo=rtn", "wbits=8,5,4,3", "launcher.workers=2", *SMALL) == 0
     made = list(Path("results/baselines").glob("*.json"))

@@ -306,6 +306,7 @@ def test_wikitext2_comes_from_data_root(qbench, shared_data):
     assert record["data"]["eval/wikitext2"]["origin"] == "file wikitext2/wikitext-2-raw-v1_test.jsonl"
 
 
+@pytest.mark.slow
 def test_killing_the_sweep_loses_at_most_the_running_job(tmp_path):
     command = [sys.executable, "-m", "qbench", "-m", "algo=rtn,gptq,awq", "wbits=4,3", *QUIET]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -110,6 +110,7 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_leaves_no_process(tmp_path):
     assert all(r["status"] == "done" for r in records(tmp_path)), "an interruption counts against no job"
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_launcher_is_killed(tmp_path):
     process = start(tmp_path, "-m", *FAULTY, "+algo.how=slow", "+algo.tag=range(200)", *SMALL)
     wait_until(lambda: n_records(tmp_path) >= 1, process)

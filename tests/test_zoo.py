@@ -66,6 +66,7 @@ def test_micro_llama_compresses_english_better_than_xz(micro):
     assert ours < 0.9 * xz
 
 
+@pytest.mark.slow
 def test_round_to_nearest_separates_the_widths(micro):
     _, tokenizer = micro
     windows = evaluation_windows(load_text("stdlib_docs", "test"), tokenizer, 512, 24)

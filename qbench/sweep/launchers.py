@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 from qbench.errors import UsageError, first_line
 from qbench.sweep.beacon import Beacon, beacons
 from qbench.sweep.launch import Launch
-from qbench.sweep.memory import keep_freed_memory
+from qbench.memory.allocator import keep_freed_memory
 from qbench.sweep.schema import LauncherSettings
 from qbench.sweep.supervisor import LaunchError, Supervisor, serve_shard, spread
 from qbench.sweep.worker import StoreTrouble, Worker

@@ -294,7 +294,7 @@ def serve(root: Path, launch: str | None, name: str | None, start: float, parent
     Raises:
         UsageError: If there is nothing to work on.
     """
-    from qbench.sweep.memory import keep_freed_memory
+    from qbench.memory.allocator import keep_freed_memory
 
     if parent is not None:  # a terminal sends it to workers too, and stopping them is the launcher's
         signal.signal(signal.SIGINT, signal.SIG_IGN)
