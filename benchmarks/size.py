@@ -91,22 +91,32 @@ def run(folder: Path, n_blocks: int) -> dict[str, Any]:
     if record["status"] != "done":
         raise SystemExit(record["reason"])
     return {
-        "blocks": n_blocks, "checkpoint": size(path), "wall": time.perf_counter() - clock,
+        "blocks": n_blocks, "checkpoint": size(path), "activations": activations(path), "wall": time.perf_counter() - clock,
         "peak": usage.ru_maxrss * 1024, "seconds": record["block_seconds"], "metrics": record["metrics"],
     }  # fmt: skip
 
 
-def activations() -> int:
-    """Bytes of the calibration samples' hidden states, once for what enters a block and once for what leaves it."""
-    return 2 * CALIBRATION["n_samples"] * CALIBRATION["seq_len"] * SIZES["hidden_size"] * 2
+def activations(path: Path) -> int:
+    """Bytes of activations as the job states them before it starts: hidden states, and what batches leave in a block."""
+    from qbench.memory.estimate import Work, estimate
+    from qbench.models.family import family_of
+    from qbench.models.load import ModelRef
+
+    shell = ModelRef(str(path), dtype="bfloat16").skeleton()
+    work = Work(
+        torch.bfloat16, streamed=True, eval_streamed=True, needs_data=True, **CALIBRATION, batch_size=2,
+        eval_windows=WINDOWS, eval_seq_len=WINDOW,
+    )  # fmt: skip
+    return estimate(shell, family_of(shell), work).host.activations
 
 
 def show(figures: dict[str, Any]) -> None:
-    bound = 0.35 * figures["checkpoint"] + activations()
+    bound = 0.35 * figures["checkpoint"] + figures["activations"]
     first, last = (sum(part) / len(part) for part in halves(figures["seconds"]))
     m = figures["metrics"]
     print(
-        f"| {figures['blocks']} | {figures['checkpoint'] / 1e9:.2f} | {figures['peak'] / 1e6:.0f} | {bound / 1e6:.0f} | "
+        f"| {figures['blocks']} | {figures['checkpoint'] / 1e9:.2f} | {figures['activations'] / 1e6:.0f} | "
+        f"{figures['peak'] / 1e6:.0f} | {bound / 1e6:.0f} | "
         f"{m['peak_mem_calib_mb']:.0f} | {m['peak_mem_eval_mb']:.0f} | {first:.1f} | {last:.1f} | {m['calib_time_s']:.0f} | "
         f"{m['eval_time_s']:.0f} | {figures['wall']:.0f} |",
         flush=True,
@@ -167,8 +177,9 @@ def main() -> None:
         kill(Path(folder), int(rest[0]) if rest else 6)
     else:
         n_blocks = int(rest[0]) if rest else 48
-        print("| blocks | checkpoint GB | peak MB | bound MB | calib peak MB | eval peak MB | s a block, first half | "
-              "second half | calib s | eval s | wall s |\n" + "|---" * 11 + "|")  # fmt: skip
+        print("| blocks | checkpoint GB | activations MB | peak MB | bound MB | calib peak MB | eval peak MB | "
+              "s a block, first half | "
+              "second half | calib s | eval s | wall s |\n" + "|---" * 12 + "|")  # fmt: skip
         for n in (n_blocks // 2, n_blocks) if what == "double" else (n_blocks,):
             show(run(Path(folder), n))
 

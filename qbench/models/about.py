@@ -1,12 +1,11 @@
 """What a record says of the model that was quantized, beside its name: where things were found, and what was left."""
 
-import re
 from typing import Any
 
 from torch import nn
 
 from qbench.models.disk import on_disk
-from qbench.models.family import EVERY, Link, family_of
+from qbench.models.family import Link, family_of, pattern_of
 from qbench.models.load import ModelRef
 
 
@@ -19,9 +18,9 @@ def about(ref: ModelRef, model: Any) -> dict[str, Any]:
     skipped: dict[str, str] = {}
     unlinked: dict[str, None] = {}
     for block in model.get_submodule(family.blocks):
-        skipped |= {_pattern(name): why for name, why in family.skipped(block).items()}
+        skipped |= {pattern_of(name): why for name, why in family.skipped(block).items()}
         loose = [link for link in family.scalings(block) if not _has_source(block, link)]
-        unlinked |= dict.fromkeys(_pattern(name) for link in loose for name in link.sinks)
+        unlinked |= dict.fromkeys(pattern_of(name) for link in loose for name in link.sinks)
     return {
         "family": model.config.model_type,
         "discovered": family.discovered,
@@ -37,7 +36,3 @@ def about(ref: ModelRef, model: Any) -> dict[str, Any]:
 
 def _has_source(block: nn.Module, link: Link) -> bool:
     return link.source is not None and getattr(block.get_submodule(link.source), "weight", None) is not None
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\.\d+\.", f".{EVERY}.", name)

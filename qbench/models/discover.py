@@ -9,7 +9,6 @@ that are described.
 """
 
 import copy
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from qbench.models.disk import at_hand
 from qbench.models.experts import experts_in
 from qbench.models.families import heads_of
-from qbench.models.family import EVERY, Family, Heads, Link
+from qbench.models.family import EVERY, Family, Heads, Link, pattern_of
 from qbench.models.surgery import scale_columns, scale_rows
 from qbench.models.traced import Call, Trace, first_call, traced
 
@@ -57,7 +56,7 @@ def discover(model: Any) -> Family:
         kinds.setdefault(str(block), index)  # a module's text tells its layers and their sizes
     family = plain
     if next(model.parameters()).is_meta:
-        linears = [_every(name) for i in kinds.values() for name in _linears(blocks[i], model.config)]
+        linears = [pattern_of(name) for i in kinds.values() for name in _linears(blocks[i], model.config)]
         family = replace(plain, links=tuple(Link(None, (name,)) for name in dict.fromkeys(linears)))
     else:
         call = first_call(model, path)
@@ -92,11 +91,7 @@ def _kept(block: nn.Module, family: Family) -> Iterator[tuple[str, str]]:
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear) and name not in quantized:
             few = module.out_features == 1 or "gate" in name or "router" in name
-            yield _every(name), "chooses or weighs experts" if few else "the layer was never called"
-
-
-def _every(name: str) -> str:
-    return re.sub(r"\.\d+\.", f".{EVERY}.", name)
+            yield pattern_of(name), "chooses or weighs experts" if few else "the layer was never called"
 
 
 def _joined(a: Family, b: Family) -> Family:
@@ -150,7 +145,7 @@ class _Looking:
     def _of_experts(self, path: str, outside: set[str]) -> tuple[Link, Link]:
         """The link of the experts with what shares their input, and that inside each."""
         gate, up, down = (f"{path}.{EVERY}.{part}_proj" for part in ("gate", "up", "down"))
-        own = tuple(n for n, _ in self.block.named_modules() if _every(n) in (gate, up))
+        own = tuple(n for n, _ in self.block.named_modules() if pattern_of(n) in (gate, up))
         link = self._link(own, at=path)
         order = list(self.trace.entered)
         shared = [name for name in link.also if name in outside]

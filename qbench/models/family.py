@@ -146,8 +146,7 @@ class Family:
         for name, module in block.named_modules():
             if name in linears or getattr(module, "weight", None) is None or module.weight.ndim < 2:
                 continue
-            pattern = re.sub(r"\.\d+\.", f".{EVERY}.", name)
-            reasons[name] = known.get(pattern, f"a {type(module).__name__}, no linear layer")
+            reasons[name] = known.get(pattern_of(name), f"a {type(module).__name__}, no linear layer")
         return reasons
 
     def source_rows(self, link: Link, n_outputs: int) -> Tensor | None:
@@ -183,6 +182,11 @@ class Family:
         if heads.fused == "latent":
             raise ValueError("keys of latent attention come from two layers")
         return by_head[:, -heads.value_size - heads.size : -heads.value_size].flatten()
+
+
+def pattern_of(name: str) -> str:
+    """A name with `*` for the index of an expert."""
+    return re.sub(r"\.\d+\.", f".{EVERY}.", name)
 
 
 def expanded(patterns: Iterable[str], present: Iterable[str]) -> Iterator[str]:

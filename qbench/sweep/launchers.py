@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from qbench.errors import UsageError, first_line
+from qbench.memory.allocator import keep_freed_memory
 from qbench.sweep.beacon import Beacon, beacons
 from qbench.sweep.launch import Launch
-from qbench.memory.allocator import keep_freed_memory
 from qbench.sweep.schema import LauncherSettings
 from qbench.sweep.supervisor import LaunchError, Supervisor, serve_shard, spread
 from qbench.sweep.worker import StoreTrouble, Worker
