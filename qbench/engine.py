@@ -174,8 +174,11 @@ def _quantize(run: _Run, block: Block) -> Fixed:
         block = _routed(block, run.experts)
         run.algorithm.process(block)
         whole = replace(block, unseen=frozenset())
-        for name in block.unseen:
+        left = [n for n, version in block.missed.items() if whole.linear(n).weight._version == version]
+        for name in (*block.unseen, *left):
             whole.linear(name).weight.copy_(nearest(whole, name))
+        if left:
+            block.report["experts"]["missed"] = sorted({name.rpartition(".")[0] for name in left})
         _check_finite(whole)
         fixed = fixed_parts(block)
     quantize_inputs(block.index, block.scheme, whole.linears, fixed)
@@ -190,7 +193,8 @@ def _routed(block: Block, experts: Experts) -> Block:
     if block.inputs is None or not (found := experts_in(block.layer)):
         return block
     counts = routed_tokens(block.inputs, block.layer, block.kwargs, block.device)
-    report = routing_report(counts, block.inputs.hidden.shape[-1])
+    n_tokens = block.inputs.hidden.shape[0] * block.inputs.hidden.shape[1]
+    report = routing_report(counts, block.inputs.hidden.shape[-1], n_tokens if experts == "all" else None)
     block.report["experts"] = report
     if experts == "all":
         return block

@@ -97,6 +97,17 @@ class Job:
         parts = (self.model.name, self.algo, self.scheme.label, self.calib.label if self.calib else "")
         return " ".join(part for part in parts if part)
 
+    @property
+    def needs_all(self) -> str:
+        """Why all of the model has to be in memory; empty if it need not."""
+        if self.algorithm.runs_model:
+            return f"{self.algo} runs all of it to learn; set model.offload=memory"
+        if self.calib is not None and self.calib.name == "self":
+            return (
+                "calib=self has all of it write the samples; choose another set, or set model.offload=memory"
+            )
+        return ""
+
     def check(self) -> None:
         """Refuse what cannot run, before weights are loaded.
 
@@ -106,7 +117,15 @@ class Job:
         """
         self.algorithm.check(self.scheme)
         check_device(self.device)
+        if self.evaluation.device_map and torch.device(self.device).type != "cuda":
+            raise ValueError(
+                f"eval.device_map={self.evaluation.device_map} spreads the model over CUDA devices, the job's is "
+                f"{self.device} and torch sees {torch.cuda.device_count()} of them; set eval.device_map=null"
+            )
+        if self.model.offload == "disk" and self.needs_all:
+            raise Unsuitable("model.offload=disk has one block at a time in memory", self.needs_all)
         _check_fit(self.model, self.scheme)
+        self.algorithm.check_model(skeleton(self.model))
         if (talk := self.evaluation.talk) is not None:
             _check_length(self.model, "eval.max_new_tokens", talk.max_new_tokens + 1)
         if self.evaluation.windows_are_read:

@@ -46,7 +46,7 @@ class Shared:
 
     _ref: ModelRef | None = None
     _pristine: Any = None
-    _first: tuple[tuple[CalibrationSet, Library], FirstInputs] | None = None
+    _first: tuple[tuple[ModelRef, CalibrationSet, Library], FirstInputs] | None = None
     _baselines: dict[Path | None, Baselines] = field(default_factory=dict)
 
     def model(self, ref: ModelRef) -> Any:
@@ -62,6 +62,13 @@ class Shared:
         model, self._ref, self._pristine = self._pristine, None, None
         return model
 
+    def opened(self, ref: ModelRef, scratch: Path) -> Any:
+        """The model with its blocks on disk; what was kept of others is let go, since memory is short then."""
+        self._ref = self._pristine = self._first = None
+        self._baselines.clear()
+        gc.collect()
+        return ref.open(scratch)
+
     def kept_beside(self, ref: ModelRef) -> bool:
         """Whether a copy of the model stays in memory while a job works on another."""
         return skeleton_bytes(ref) <= _KEPT_UP_TO
@@ -74,7 +81,7 @@ class Shared:
         n_tokens = job.calib.n_samples * job.calib.seq_len
         if n_tokens * embedding.shape[1] * embedding.element_size() > _KEPT_UP_TO:
             return None
-        key = (job.calib, job.library)
+        key = (replace(job.model, offload="auto"), job.calib, job.library)
         if self._first is None or self._first[0] != key:
             self._first = None
             tokens = calibration_tokens(job.model, job.calib, job.library, job.device)
@@ -131,7 +138,7 @@ def measure(job: Job, shared: Shared, reporter: Reporter) -> Measured:
     metrics: dict[str, float] = {}
     with place_of(job, reporter.memory, shared.kept_beside(job.model)) as place:
         with _phase("load", job, metrics, reporter):
-            model = job.model.open(place.scratch) if place.scratch else shared.model(job.model)
+            model = shared.opened(job.model, place.scratch) if place.scratch else shared.model(job.model)
             tokens = calibration_tokens(job.model, job.calib, job.library, job.device) if job.calib else None
             first = shared.first(model, job)
             job.evaluation.prepare(tokenizer(job.model), job.library)
@@ -150,6 +157,8 @@ def measure(job: Job, shared: Shared, reporter: Reporter) -> Measured:
                 batch_size=calib.batch_size if calib else 8, device=job.device, on_block=reporter.block,
                 experts=calib.experts if calib else "routed", progress=place.progress,
             )  # fmt: skip
+        # A run that was broken off is timed as if it had not been.
+        metrics["calib_time_s"] += sum(quantized.seconds[: quantized.resumed_at])
         metrics |= size_metrics(model, n_parameters, quantized.stored_bits, quantized.extra_bits)
         with _phase("eval", job, metrics, reporter), _at_work(evaluator):
             if reference is not None and isinstance(job.algorithm, FloatingPoint):
@@ -170,6 +179,7 @@ def _noted(quantized: Quantized) -> dict[str, float]:
     if experts := [report["experts"] for report in quantized.reports if "experts" in report]:
         for name in ("unseen", "few"):
             metrics[f"experts_{name}"] = float(sum(len(x) for found in experts for x in found[name].values()))
+        metrics["experts_unseen"] += sum(len(found["missed"]) for found in experts)
         tokens = [n for found in experts for counts in found["tokens"].values() for n in counts]
         metrics["expert_tokens_min"] = float(min(tokens))
     if quantized.resumed_at:

@@ -12,7 +12,6 @@ import torch
 
 from qbench.calib.spill import spilling
 from qbench.engine import needs_data
-from qbench.errors import Unsuitable
 from qbench.job import Job, skeleton, tokenizer
 from qbench.memory.allocator import freed_memory_returned
 from qbench.memory.check import check, describe
@@ -50,11 +49,11 @@ def partial_folder(job: Job) -> Path | None:
 
 
 @contextmanager
-def place_of(job: Job, say: Say, kept: int) -> Iterator[Place]:
+def place_of(job: Job, say: Say, kept: bool) -> Iterator[Place]:
     """Decide where a job's model is, and check that it fits; `say` is told what it will take.
 
     Args:
-        kept: Bytes of models and inputs that are kept for the next job.
+        kept: A copy of the model and its first inputs are kept for the next job.
 
     Raises:
         MemoryError: If it does not fit; says what would make it fit.
@@ -63,13 +62,11 @@ def place_of(job: Job, say: Say, kept: int) -> Iterator[Place]:
     free = free_memory(job.device)
     found = _estimate(job, on_disk=False, kept=kept)
     on_disk = job.model.offload == "disk"
-    if on_disk and (problem := _needs_all(job)):
-        raise Unsuitable("model.offload=disk has one block at a time in memory", problem)
-    if job.model.offload == "auto" and not _needs_all(job) and found.host.total > free[0]:
+    if job.model.offload == "auto" and not job.needs_all and found.host.total > free[0]:
         on_disk = True
     if on_disk:
-        found = _estimate(job, on_disk=True, kept=0)
-    say(describe(found, *free) + (", blocks on disk" if on_disk else ""))
+        found = _estimate(job, on_disk=True, kept=False)
+    say(describe(found, *free) + (_where(job) if on_disk else ""))
     if job.model.offload != "memory":
         check(found, *free)
     with spilling(*_spill(job)):
@@ -88,13 +85,10 @@ def place_of(job: Job, say: Say, kept: int) -> Iterator[Place]:
                 rmtree(temporary, ignore_errors=True)
 
 
-def _needs_all(job: Job) -> str:
-    """Why all of the model has to be in memory; empty if it need not."""
-    if job.algorithm.runs_model:
-        return f"{job.algo} runs all of it to learn; set model.offload=memory"
-    if job.calib is not None and job.calib.name == "self":
-        return "calib=self has all of it write the samples; choose another set, or set model.offload=memory"
-    return ""
+def _where(job: Job) -> str:
+    folder = partial_folder(job)
+    state = Progress(folder).read() if folder is not None and job.algorithm.resumable else None
+    return ", blocks on disk" + (f", going on behind block {state['done']}" if state else "")
 
 
 def _spill(job: Job) -> tuple[int | None, Path | None]:
@@ -104,7 +98,7 @@ def _spill(job: Job) -> tuple[int | None, Path | None]:
     return int(calib.spill_above * 1e9), Path(calib.spill_folder) if calib.spill_folder else None
 
 
-def _estimate(job: Job, on_disk: bool, kept: int) -> Estimate:
+def _estimate(job: Job, on_disk: bool, kept: bool) -> Estimate:
     plan, calib, reads = job.evaluation, job.calib, needs_data(job.algorithm, job.scheme)
     work = Work(
         dtype=getattr(torch, job.model.dtype), device=job.device, streamed=on_disk,
@@ -113,7 +107,7 @@ def _estimate(job: Job, on_disk: bool, kept: int) -> Estimate:
         n_samples=calib.n_samples if calib and reads else 0, seq_len=calib.seq_len if calib and reads else 0,
         batch_size=calib.batch_size if calib else 1,
         eval_windows=sum(_n_windows(job, name) for name in plan.ppl), eval_seq_len=plan.seq_len,
-        eval_batch_size=plan.batch_size, compared=plan.against_fp, copies=2 if kept else 1, keeps_inputs=bool(kept),
+        eval_batch_size=plan.batch_size, compared=plan.against_fp, copies=2 if kept else 1, keeps_inputs=kept,
         spill_above=_spill(job)[0],
     )  # fmt: skip
     return estimated(_sizes(job.model), work)

@@ -29,21 +29,30 @@ class Progress:
     folder: Path
 
     def read(self) -> dict[str, Any] | None:
-        """What was noted last: `done` is the number of finished blocks."""
+        """What was noted last: `done` is the number of finished blocks; `None` if what belongs to it is not there."""
         path = self.folder / STATE
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        state = json.loads(path.read_text())
+        whole = self._entering(state["done"]).is_file() and all(
+            self.block_file(index).is_file() for index in range(state["done"])
+        )
+        return state if whole else None
 
     def note(self, done: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """From now on `done` blocks are finished; `tensors` are what the next one needs."""
-        save_tensors(self.folder / f"entering_{done:05d}.safetensors", tensors)
+        save_tensors(self._entering(done), tensors)
         write_text(self.folder / STATE, json.dumps(dict(state) | {"done": done}))
         for old in self.folder.glob("entering_*.safetensors"):
-            if old.name != f"entering_{done:05d}.safetensors":
+            if old != self._entering(done):
                 old.unlink()
 
     def tensors(self, done: int) -> dict[str, Tensor]:
         """What was noted for the block after the first `done`."""
-        return load_tensors(self.folder / f"entering_{done:05d}.safetensors")
+        return load_tensors(self._entering(done))
+
+    def _entering(self, done: int) -> Path:
+        return self.folder / f"entering_{done:05d}.safetensors"
 
     def block_file(self, index: int) -> Path:
         """Where what is left of a finished block is kept."""
@@ -53,7 +62,7 @@ class Progress:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, part)
     _settle(part, path)
 
@@ -61,7 +70,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(text)
     _settle(part, path)
 

@@ -91,7 +91,7 @@ def attention(kv: KVSpec | None, query, key, value, mask=None, bmm=None, static=
     use_quantized_attention(random_model("llama"))
     module = Attention()
     quantize_attention(module, kv, bmm, *static)
-    return AttentionInterface()["qbench_sdpa"](module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
+    return AttentionInterface()["qbench"](module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -88,8 +88,13 @@ def test_a_scale_moved_at_any_link_leaves_the_function_unchanged(name, tokens):
 
 
 @every
-def test_discovery_finds_what_is_described(name):
+@pytest.mark.parametrize("outlier", [0.0, 3000.0])
+def test_discovery_finds_what_is_described(name, outlier):
+    """Next to one channel that is large in the whole residual stream, too."""
+    if outlier and name == "olmo:clipped":
+        pytest.skip("next to it all else is too small to be clipped, which no trial can show")
     model = family_model(name)
+    model.get_submodule(family_of(model).embeddings[0]).weight[:, 5] += outlier
     known, found = family_of(model), discover(model)
     assert (found.blocks, found.head, found.embeddings[0]) == (known.blocks, known.head, known.embeddings[0])
     assert found.returns_tuple == known.returns_tuple
@@ -134,6 +139,10 @@ def test_the_main_methods_run_from_end_to_end(name, kvbits, tokens):
         after = logits(model, tokens)
         assert torch.isfinite(after).all()
         assert not torch.equal(after, before)
+        if kvbits < 16:
+            other = family_model(name)
+            quantize(other, algorithm, replace(scheme, kv=None), tokens)
+            assert not torch.equal(logits(other, tokens), after), "the cache is not quantized"
         assert len(result.stored_bits) == sum(len(part["quantized"]) for part in GOLDEN[name])
 
 
@@ -168,7 +177,7 @@ def test_a_transform_leaves_the_function_of_every_family_unchanged(name, algorit
 @every
 @pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.kind != "transform"], ids=name_of)
 def test_every_other_algorithm_ends_on_the_grid_in_every_family(name, algorithm, tokens):
-    model, scheme = family_model(name), accepted(algorithm, "w3a16g8", "w3a8g8", "w3a16")
+    model, scheme = family_model(name), accepted(algorithm, "w3a8g8", "w3a16g8", "w3a16")
     before = logits(model, tokens)
     try:
         result = quantize(model, as_pipeline(algorithm), scheme, tokens)

@@ -90,9 +90,10 @@ def test_a_never_routed_expert_is_reported_and_rounded_to_nearest(lonely, tokens
 def test_all_tokens_to_all_experts_leaves_none_without_data(lonely, tokens):
     before = {name: p.clone() for name, p in lonely.named_parameters()}
     result = quantize(lonely, GPTQ(), SCHEME, tokens, experts="all")
-    assert result.reports[0]["experts"]["unseen"] == {
-        "mlp.experts": [0]
-    }  # of routing, which is reported all the same
+    report = result.reports[0]["experts"]
+    assert report["routed"]["mlp.experts"][0] == 0  # which is reported all the same
+    assert report["unseen"] == {"mlp.experts": []}
+    assert report["tokens"]["mlp.experts"] == [tokens.numel()] * 4
     name = "model.layers.0.mlp.experts.0.gate_proj.weight"
     assert not torch.equal(lonely.get_parameter(name), fake_quantize(before[name], SCHEME.weight))
 
@@ -134,3 +135,30 @@ def test_routers_stay_in_floating_point_and_follow_their_norm(tokens):
         s = before[norm] / model.get_parameter(norm)
         assert not torch.equal(s, torch.ones_like(s))
         torch.testing.assert_close(model.get_parameter(path), before[path] * s)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_expert_whose_tokens_go_elsewhere_after_rounding_is_rounded_to_nearest_and_told(seed, monkeypatch):
+    model = family_model("granitemoe")
+    block = model.model.layers[0]
+    tokens = torch.randint(0, 96, (1, 6), generator=torch.Generator().manual_seed(seed))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    experts = block.block_sparse_moe.experts
+    original = type(experts).forward
+
+    def elsewhere(self, x, index, weights):
+        """Once attention is rounded nobody goes to the last expert any more."""
+        rounded = not torch.equal(
+            block.self_attn.o_proj.weight, before["model.layers.0.self_attn.o_proj.weight"]
+        )
+        if self is experts and rounded:
+            index = torch.where(index == 3, (index + 1) % 3, index)
+        return original(self, x, index, weights)
+
+    monkeypatch.setattr(type(experts), "forward", elsewhere)
+    result = quantize(model, GPTQ(), SCHEME, tokens)
+    report = result.reports[0]["experts"]
+    if report["tokens"]["block_sparse_moe.experts"][3]:
+        assert "block_sparse_moe.experts.3" in report["missed"]
+    name = "model.layers.0.block_sparse_moe.experts.3.up_proj.weight"
+    assert torch.equal(model.get_parameter(name), fake_quantize(before[name], SCHEME.weight))

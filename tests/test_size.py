@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qbench import measure
 from qbench.algorithms.awq import AWQScale
 from qbench.algorithms.base import Pipeline
 from qbench.algorithms.gptq import GPTQ
@@ -14,12 +15,17 @@ from qbench.algorithms.lora import LoRA
 from qbench.algorithms.quarot import QuaRot
 from qbench.algorithms.rtn import RTN
 from qbench.calib.spill import spilling
+from qbench.calib.stream import first_inputs
+from qbench.data.calibration import CalibrationSet
 from qbench.engine import quantize
 from qbench.evaluate.logits import block_by_block, hopping, whole
+from qbench.evaluate.plan import EvalPlan
+from qbench.job import Job
+from qbench.models import parking
 from qbench.models.disk import at_hand, on_disk
 from qbench.models.family import family_of
 from qbench.models.load import ModelRef
-from qbench.progress import STATE, Progress
+from qbench.progress import STATE, Progress, save_tensors
 from qbench.quant.scheme import Scheme
 from qbench.zoo import WEIGHTS
 
@@ -49,7 +55,7 @@ def saved(tmp_path):
     def save(name, n_blocks=3):
         from transformers import AutoModelForCausalLM
 
-        torch.manual_seed(0)
+        torch.manual_seed(len(name))
         key = "n_layer" if name == "gpt2" else "num_hidden_layers"
         config = config_of(name, **{key: n_blocks})
         folder = tmp_path / name.replace(":", "-")
@@ -100,6 +106,45 @@ def test_blocks_on_disk_end_as_blocks_in_memory_do(name, method, saved, tokens, 
         assert (found - expected).abs().max() <= 1e-4 * scale
 
 
+@pytest.mark.parametrize("name", ["llama:mha-tied", "gpt2"])
+def test_embeddings_and_head_on_disk_meanwhile_change_nothing(name, saved, tokens, tmp_path, monkeypatch):
+    algorithm, scheme = ALGORITHMS["quarot-gptq"]
+    ref = ModelRef(str(saved(name)), attn="auto")
+    model, other = ref.load(), ref.open(tmp_path / "scratch")
+    quantize(model, algorithm, scheme, tokens)
+    monkeypatch.setattr(parking, "_LARGE", 0)
+    quantize(other, algorithm, scheme, tokens)
+    assert_equal(state_of(model), state_of(other))
+    path = family_of(other).blocks
+    with parking.parked(other, path):
+        assert all(p.is_meta for p in other.parameters())
+        written = (tmp_path / "scratch" / "outside.safetensors").stat().st_mtime_ns
+    expected = torch.cat([out for *_, out in block_by_block(model, tokens, 2, "cpu")])
+    assert torch.equal(torch.cat([out for *_, out in block_by_block(other, tokens, 2, "cpu")]), expected)
+    assert (tmp_path / "scratch" / "outside.safetensors").stat().st_mtime_ns == written, "nothing had changed"
+    other.get_input_embeddings().weight += 1
+    changed = other.get_input_embeddings().weight.clone()
+    with parking.parked(other, path):
+        pass
+    assert torch.equal(other.get_input_embeddings().weight, changed)
+
+
+def test_models_that_follow_one_another_share_no_inputs(saved, tokens, tmp_path, monkeypatch):
+    """Blocks on disk are no reason to take the first block's inputs of the model before."""
+    folders = [saved("llama"), saved("mistral")]
+    monkeypatch.setattr(measure, "calibration_tokens", lambda *_: tokens)
+    shared, calib = measure.Shared(), CalibrationSet("random", n_samples=4, seq_len=16)
+    found = []
+    for folder in folders:
+        ref = ModelRef(str(folder), offload="disk")
+        job = Job(ref, "gptq", GPTQ(), Scheme.of(4), calib, EvalPlan(ppl=("stdlib_docs",)))
+        model = shared.opened(ref, tmp_path / folder.name / "blocks")
+        found.append(shared.first(model, job))
+        expected, _ = first_inputs(ref.load(), family_of(model), tokens, calib.batch_size)
+        assert torch.equal(found[-1][0].hidden, expected.hidden)
+    assert not torch.equal(found[0][0].hidden, found[1][0].hidden)
+
+
 @pytest.mark.parametrize("method", ALGORITHMS)
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_a_run_that_was_broken_off_goes_on_in_the_block_it_was_in(name, method, saved, tokens, tmp_path):
@@ -132,10 +177,14 @@ def test_a_run_that_was_broken_off_goes_on_in_the_block_it_was_in(name, method, 
 def test_a_state_is_noted_whole_or_not_at_all(tmp_path):
     progress = Progress(tmp_path / "job")
     assert progress.read() is None
+    save_tensors(progress.block_file(0), {})
     progress.note(1, {"result": {}}, {"inputs": torch.ones(2)})
     (tmp_path / "job" / "state.part").write_text("{")  # a kill while the next one was written
     assert progress.read() == {"result": {}, "done": 1}
     progress.note(2, {"result": {}}, {"inputs": torch.zeros(2)})
+    assert progress.read() is None  # what is left of the second block was lost: it begins anew
+    save_tensors(progress.block_file(1), {})
+    assert progress.read() == {"result": {}, "done": 2}
     assert torch.equal(progress.tensors(2)["inputs"], torch.zeros(2))
     assert [p.name for p in (tmp_path / "job").glob("entering_*")] == ["entering_00002.safetensors"]
     assert (tmp_path / "job" / STATE).is_file()

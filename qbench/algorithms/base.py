@@ -70,6 +70,13 @@ class Algorithm(ABC):
             Unsuitable: Saying what is needed. A grid leaves such a cell out.
         """
 
+    def check_model(self, skeleton: Any) -> None:
+        """Refuse, before weights are loaded, a model that this algorithm can do nothing for.
+
+        Raises:
+            Unsuitable: Saying why. A grid leaves such a cell out.
+        """
+
     def prepare(self, model: Any, scheme: Scheme, tokens: Tensor | None) -> dict[str, Any] | None:
         """Edit the whole model in place, before its blocks are quantized.
 
@@ -167,6 +174,10 @@ class Pipeline(Algorithm):
     def check(self, scheme: Scheme) -> None:
         for step in self:
             step.check(scheme)
+
+    def check_model(self, skeleton: Any) -> None:
+        for step in self:
+            step.check_model(skeleton)
 
     def prepare(self, model: Any, scheme: Scheme, tokens: Tensor | None) -> dict[str, Any] | None:
         reports = [step.prepare(model, scheme, tokens) for step in self]

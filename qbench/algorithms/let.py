@@ -67,7 +67,11 @@ class LinkScale:
     def apply(self, parameters: Parameters) -> None:
         s, source = self.log_scale.exp(), self.link.source
         if self.shift is not None:
-            parameters[f"{source}.bias"] = parameters[f"{source}.bias"] - self.shift
+            bias = parameters[f"{source}.bias"]
+            rows = torch.arange(len(bias)) if self.rows is None else self.rows
+            parameters[f"{source}.bias"] = bias.index_add(
+                0, rows.to(bias.device), self.shift.to(bias), alpha=-1
+            )
             for name in (*self.link.sinks, *self.link.also):
                 moved = parameters[f"{name}.weight"] @ self.shift.to(parameters[f"{name}.weight"])
                 parameters[f"{name}.bias"] = parameters[f"{name}.bias"] + moved
@@ -158,8 +162,8 @@ def _link_scale(block: Block, link: Link, ends: Tensor, alpha: float) -> LinkSca
 
 def _product_scales(block: Block) -> list[Edit]:
     family, heads = block.family, block.family.heads
-    if family.rotary == "other" or heads is None or heads.fused != "apart":
-        return []  # scales must be shared by what a rotary embedding turns together, and not all of them do as Llama's
+    if family.value is None or family.rotary == "other" or heads is None or heads.fused != "apart":
+        return []  # they are clipped, or a rotary embedding turns other channels together than Llama's
     query, key = family.query_key
     attention = block[key.rpartition(".")[0]]
     if set(attention.children()) - {block.linear(name) for name in block.linears}:

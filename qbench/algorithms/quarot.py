@@ -15,7 +15,7 @@ from qbench.algorithms.base import Algorithm, Kind
 from qbench.calib.block import Block
 from qbench.models.blocks import each_block
 from qbench.models.family import Family, family_of
-from qbench.models.rotate import fold_norms, rotate_online, rotate_residual, rotate_values
+from qbench.models.rotate import check_rotatable, fold_norms, rotate_online, rotate_residual, rotate_values
 from qbench.quant.hadamard import hadamard, has_hadamard, random_hadamard, random_orthogonal
 from qbench.quant.scheme import Scheme
 
@@ -43,6 +43,9 @@ class QuaRot(Algorithm):
     def __post_init__(self) -> None:
         if self.rotation not in ("hadamard", "orthogonal"):
             raise ValueError(f"QuaRot's rotation is {self.rotation!r}, it must be 'hadamard' or 'orthogonal'")
+
+    def check_model(self, skeleton: Any) -> None:
+        check_rotatable(skeleton)
 
     def prepare(self, model: Any, scheme: Scheme, tokens: Tensor | None) -> dict[str, Any]:
         """Rotate the whole model; reports what was rotated by what.

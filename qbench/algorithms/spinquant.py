@@ -21,7 +21,7 @@ from qbench.calib.block import Block
 from qbench.errors import Unsuitable
 from qbench.models.family import expanded, family_of
 from qbench.models.learned_rotation import rotated
-from qbench.models.rotate import fold_norms, rotate_online, rotate_residual, rotate_values
+from qbench.models.rotate import check_rotatable, fold_norms, rotate_online, rotate_residual, rotate_values
 from qbench.quant.scheme import Scheme
 
 
@@ -62,6 +62,9 @@ class SpinQuant(Algorithm):
                 "SpinQuant learns from what quantization does to the model's predictions",
                 f"with {scheme} nothing is quantized while it learns; set abits or kvbits, or quantize_weights=true",
             )
+
+    def check_model(self, skeleton: Any) -> None:
+        check_rotatable(skeleton)
 
     def prepare(self, model: Any, scheme: Scheme, tokens: Tensor | None) -> dict[str, Any]:
         """Learn the rotations and rotate the whole model; reports the loss before and after, in nats per token.

@@ -83,7 +83,8 @@ def _named(name: str, grid: QParams) -> Fixed:
 
 def _static_ranges(block: Block) -> dict[str, Tensor]:
     """By layer: the range of its input on the calibration data, where that is what its grid is to be made from."""
-    unseen = sorted(n for n in block.unseen if (s := block.activation_spec(n)) is not None and not s.dynamic)
+    gone = {*block.unseen, *block.missed}
+    unseen = sorted(n for n in gone if (s := block.activation_spec(n)) is not None and not s.dynamic)
     if unseen:
         raise ValueError(
             f"block {block.index}: no calibration token was routed to {', '.join(unseen[:3])} "

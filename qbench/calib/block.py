@@ -1,6 +1,6 @@
 """One decoder block as algorithms see it: its layers, what they are to become, and what reaches them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,6 +47,8 @@ class Block:
         report: What a step has to tell of this block: losses, counts.
         n_blocks: Of the model.
         unseen: Layers of experts that no calibration token was routed to: to algorithms they are not there.
+        missed: Layers of experts whose tokens went elsewhere once layers before them were rounded, with the version of the
+            weight then; statistics leave them out.
     """
 
     index: int
@@ -66,6 +68,7 @@ class Block:
     report: dict[str, Any] = field(default_factory=dict)
     n_blocks: int = 1
     unseen: frozenset[str] = frozenset()
+    missed: dict[str, int] = field(default_factory=dict)
     _left: dict[tuple[Any, ...], Stream] = field(default_factory=dict)
     _grams: dict[tuple[Any, ...], dict[Link, Tensor]] = field(default_factory=dict)
 
@@ -247,12 +250,13 @@ class Block:
         if kinds == (Gram,) and all(link in known for link in links):
             return {link: (known[link],) for link in links}
         observers = {link: tuple(make() for make in kinds) for link in links}
-        waiting: set[Link] = set()
+        waiting, met = set[Link](), set[Link]()
 
         def hook(link: Link) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def update(_: nn.Module, args: tuple[Tensor, ...]) -> None:
                 for observer in observers[link]:
                     observer.update(args[0])
+                met.add(link)
                 waiting.discard(link)
                 if not waiting:
                     raise Enough
@@ -269,7 +273,9 @@ class Block:
                     called(self.layer, batch.to(self.device), self.kwargs)
                 if missed := [k.sinks[0] for k in waiting if not in_expert(k)]:
                     raise RuntimeError(f"block {self.index} never ran {', '.join(missed)}")
-        values = {link: tuple(o.value for o in observers[link]) for link in links}
+        unmet = [link for link in links if link not in met]
+        self._note_missed(unmet)
+        values = {link: tuple(o.value for o in observers[link]) for link in links if link in met}
         if Gram in kinds:
             self._grams[self._state()] = {link: v[kinds.index(Gram)] for link, v in values.items()}
         return values
@@ -285,7 +291,7 @@ class Block:
         n_tokens = self.inputs.hidden.shape[0] * self.inputs.hidden.shape[1]
         if n_tokens * widths * self.inputs.hidden.element_size() > _PAUSED_UP_TO:
             for link in self.links:
-                yield link, self.observe(*kinds, links=[link])[link]
+                yield from self.observe(*kinds, links=[link]).items()
             return
 
         def forward(batch: Tensor) -> Tensor:
@@ -301,6 +307,9 @@ class Block:
                         observer.update(x)
                 if n_met < len(self.inputs.batches()) and not in_expert(link):
                     raise RuntimeError(f"block {self.index} never ran {link.sinks[0]}")
+                if not n_met:
+                    self._note_missed([link])
+                    continue
                 yield link, tuple(o.value for o in observers)
             outputs = [] if self.is_last else stages.finish()
         finally:
@@ -309,6 +318,10 @@ class Block:
             return
         self._left.clear()
         self._left[self._state()] = self.inputs.of(outputs)
+
+    def _note_missed(self, links: Iterable[Link]) -> None:
+        for name in (name for link in links for name in link.sinks):
+            self.missed[name] = self.linear(name).weight._version
 
     def _state(self) -> tuple[Any, ...]:
         """What the block's function depends on: parameters by identity and version, and hooks."""

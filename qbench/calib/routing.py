@@ -38,14 +38,23 @@ def routed_tokens(
     return counts
 
 
-def routing_report(counts: dict[str, Tensor], width: int) -> dict[str, Any]:
-    """What a record says of a block's experts: tokens of each, who got none, and who fewer than `width`.
+def routing_report(counts: dict[str, Tensor], width: int, shown: int | None = None) -> dict[str, Any]:
+    """What a record says of a block's experts.
 
-    With fewer tokens than inputs a Gram matrix is singular, and what is fitted to it owes much to the damping.
+    Args:
+        width: With fewer tokens than inputs a Gram matrix is singular, and what is fitted to it owes much to the damping.
+        shown: The tokens that every expert is calibrated on, if not those that were routed to it.
+
+    Returns:
+        By path of the experts: `routed`, and `tokens` that each is calibrated on; who has none (`unseen`), and who fewer
+        than `width` (`few`); `missed` is for what rounding sends elsewhere.
     """
-    tokens = {path: found.tolist() for path, found in counts.items()}
+    routed = {path: found.tolist() for path, found in counts.items()}
+    tokens = {path: found if shown is None else [shown] * len(found) for path, found in routed.items()}
     return {
+        "routed": routed,
         "tokens": tokens,
         "unseen": {path: [i for i, n in enumerate(found) if not n] for path, found in tokens.items()},
         "few": {path: [i for i, n in enumerate(found) if 0 < n < width] for path, found in tokens.items()},
+        "missed": [],
     }

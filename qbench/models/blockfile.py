@@ -66,7 +66,7 @@ def write_block_file(file: Path, block: nn.Module) -> None:
     tensors = {name: _packed(x.detach()) for name, x in tensors_of(block).items()}
     buffers = [name for name, _ in block.named_buffers(remove_duplicate=False)]
     about = {"buffers": json.dumps(buffers), "modules": json.dumps(_modules(block))}
-    part = file.with_suffix(".part")
+    part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, about)

@@ -172,7 +172,7 @@ def _header(file: Path) -> dict[str, Stored]:
         header = parse_local_safetensors_file_metadata(file)
     except (SafetensorsParsingError, ValueError, KeyError, TypeError) as error:
         raise OSError(
-            f"{file} ({size} bytes) has no header of a safetensors file ({first_line(error)}); it is damaged or cut "
+            f"{file} ({size} bytes) has no header of a safetensors file ({type(error).__name__}); it is damaged or cut "
             "off, fetch it again"
         ) from error
     with file.open("rb") as raw:

@@ -22,12 +22,10 @@ from qbench.models.experts import experts_in
 from qbench.models.families import heads_of
 from qbench.models.family import EVERY, Family, Heads, Link, pattern_of
 from qbench.models.surgery import scale_columns, scale_rows
-from qbench.models.traced import Call, Trace, first_call, traced
+from qbench.models.traced import Call, Trace, first_call, in_double, traced
 
 _KEPT = "_qbench_family"  # on the model, so that its copies know it too, whatever was done to them
-_SAME = (
-    1e-3  # of the largest output; powers of two cost no digits, and another function is off by its own size
-)
+_SAME = 1e-3  # of what half of the edit does; powers of two cost no digits
 _MANY = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -122,6 +120,9 @@ class _Looking:
     plain: Family
 
     def __post_init__(self) -> None:
+        # In half precision a gain that is kept less one cannot be scaled exactly.
+        self.block = copy.deepcopy(self.block).double()
+        self.call = in_double(self.call)
         self.trace: Trace = traced(self.block, self.call)
 
     def found(self) -> Family:
@@ -250,5 +251,9 @@ class _Looking:
         wide = s if repeats == 1 else s[: heads.value_size].repeat(heads.queries)
         for name in (*link.sinks, *link.also):
             scale_columns(trial.get_submodule(name), wide)
-        after = traced(trial, self.call).output
-        return bool((after - self.trace.output).abs().max() <= _SAME * self.trace.output.abs().max())
+        whole = traced(trial, self.call).output
+        scale_rows(source, s, rows)
+        half = traced(trial, self.call).output
+        # Not against the output itself: next to a channel of the residual stream that is large, all else looks equal.
+        effect = (half - self.trace.output).abs().max()
+        return bool(effect > 0 and (whole - self.trace.output).abs().max() <= _SAME * effect)

@@ -292,16 +292,11 @@ MAMBA2 = replace(MAMBA, links=(MAMBA.links[0], Link("mixer.norm", ("mixer.out_pr
 
 
 def _opt(config: Any) -> Family:
-    """Raises NotImplementedError where scales do not commute with the activation."""
-    if config.activation_function != "relu":
-        raise NotImplementedError(
-            f"this OPT model has activation {config.activation_function!r}; only 'relu', through which "
-            "scales can be moved, is described in qbench/models/families.py"
-        )
-    if not config.do_layer_norm_before:
-        return OPT_POST_NORM
+    family = OPT if config.do_layer_norm_before else OPT_POST_NORM
+    if config.activation_function != "relu":  # Galactica's GELU
+        family = replace(family, links=(*family.links[:-1], replace(family.links[-1], source=None)))
     projected = config.word_embed_proj_dim != config.hidden_size
-    return replace(OPT, final_norm=None) if projected or config._remove_final_layer_norm else OPT
+    return replace(family, final_norm=None) if projected or config._remove_final_layer_norm else family
 
 
 def _falcon(config: Any) -> Family:

@@ -6,6 +6,7 @@ where it is used: it takes seconds, for which a command whose jobs are all recor
 
 import hashlib
 import math
+import re
 import time
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -17,7 +18,7 @@ import torch
 from qbench.data.library import unreachable
 from qbench.errors import Unsuitable, first_line
 from qbench.models.attention import check_kv
-from qbench.models.checkpoint import checkpoint_info, open_checkpoint
+from qbench.models.checkpoint import Checkpoint, checkpoint_info, open_checkpoint
 from qbench.models.disk import open_model
 from qbench.models.experts import unpack
 from qbench.models.family import Family, family_of
@@ -73,10 +74,15 @@ class ModelRef:
                 f"model folder {str(folder)!r} does not exist; give a folder in the hub's layout, a hub id such "
                 f"as facebook/opt-125m, or one of {', '.join(known)}"
             )
+        pickled = list(folder.glob("*.bin"))
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
             raise ValueError(
                 f"model folder {str(folder)!r} needs config.json and *.safetensors, it holds "
                 f"{', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+                + (
+                    "; pickled weights (*.bin) are not read, docs/models.md says how to convert them"
+                    * bool(pickled)
+                )
             )
 
     @property
@@ -102,9 +108,19 @@ class ModelRef:
         id_ = self.id if self.folder is None else self._base_name
         planted = {} if self.outliers is None else {"outliers": float(self.outliers)}
         return {
-            "id": id_, "revision": self.revision, "dtype": self.dtype, "attn": self.attn, "content": self.content,
+            "id": id_, "revision": self.revision, "dtype": self.dtype, "attn": self._chosen, "content": self.content,
             **planted,
         }  # fmt: skip
+
+    @cached_property
+    def _chosen(self) -> str:
+        """The attention that `auto` means; one computation has one identity."""
+        if self.attn != "auto":
+            return self.attn
+        try:
+            return str(replace(self, outliers=None).skeleton().config._attn_implementation)
+        except (OSError, ValueError, NotImplementedError):  # it cannot run, which its check will say
+            return self.attn
 
     @cached_property
     def content(self) -> str | None:
@@ -157,6 +173,7 @@ class ModelRef:
         folder = self.folder or snapshot(
             self.id, self.revision, local_files_only=self._source["local_files_only"]
         )
+        self._check_depth(open_checkpoint(folder), shell)
         model = open_model(
             shell.config,
             type(shell),
@@ -170,6 +187,20 @@ class ModelRef:
             plant_outliers(model, self.outliers)
         return model.eval().requires_grad_(False)
 
+    def _check_depth(self, checkpoint: Checkpoint, shell: Any) -> None:
+        """Raises OSError if the checkpoint has more blocks than the model: they would be left out without a word."""
+        path = family_of(shell).blocks
+        n_blocks = len(shell.get_submodule(path)) + (
+            getattr(shell.config, "num_nextn_predict_layers", None) or 0
+        )
+        last = path.rpartition(".")[2]
+        numbers = re.findall(rf"(?:^|\.){last}\.(\d+)\.", "\n".join(checkpoint.tensors), re.M)
+        if numbers and (most := max(map(int, numbers)) + 1) > n_blocks:
+            raise OSError(
+                f"the weights in {checkpoint.folder} have {most} blocks, the model of its config.json has {n_blocks}; "
+                "config and weights are not of the same checkpoint"
+            )
+
     @property
     def _attention(self) -> str | None:
         """As transformers is told: nothing lets it choose."""
@@ -180,13 +211,20 @@ class ModelRef:
         from transformers import AutoModelForCausalLM
 
         if self.folder is not None:
-            open_checkpoint(self.folder)  # which names the file that is missing, cut off or damaged
-        model = AutoModelForCausalLM.from_pretrained(
+            self._check_depth(open_checkpoint(self.folder), replace(self, outliers=None).skeleton())
+        model, found = AutoModelForCausalLM.from_pretrained(
             **self._source,
             dtype=getattr(torch, self.dtype),
             attn_implementation=self._attention,
             use_safetensors=True,
+            output_loading_info=True,
         )
+        if missing := sorted(found["missing_keys"]):
+            raise OSError(
+                f"the weights of {self.id} lack {missing[0]}"
+                + (f" and {len(missing) - 1} more" if missing[1:] else "")
+                + ", which the model of config.json has; config and weights are not of the same checkpoint"
+            )
         unpack(model)
         if self.outliers is not None:
             plant_outliers(model, self.outliers)
@@ -195,6 +233,12 @@ class ModelRef:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+        if self.folder is not None and not any((self.folder / name).is_file() for name in names):
+            raise ValueError(
+                f"model folder {str(self.folder)!r} has no tokenizer ({', '.join(names)}); put the files of the model's "
+                "tokenizer there"
+            )
         return AutoTokenizer.from_pretrained(**self._source)
 
     def skeleton(self) -> Any:
@@ -212,8 +256,18 @@ class ModelRef:
             why = unreachable() if self.folder is None else ""
             raise OSError(
                 f"model {self.id!r} was found neither locally nor on the hub ({why or first_line(error)}); "
-                "check model.id, log in for a gated model, or give a local folder"
+                + (
+                    "fetch it where there is a network, `qbench data fetch`, "
+                    if why
+                    else "check model.id, log in for a gated model, "
+                )
+                + "or give a local folder"
             ) from error
+        if getattr(config, "quantization_config", None) is not None:
+            raise NotImplementedError(
+                f"model {self.id!r} is a quantized checkpoint (quantization_config in config.json); give the "
+                "floating-point one"
+            )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=self.trust_remote_code, attn_implementation=self._attention

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from qbench.models.blockfile import read_block_file, write_block_file
 from qbench.models.disk import on_disk, scratch_of
 
 _LARGE = 1 << 24  # bytes
+# What the file of a model holds: its parameters, and how often each was changed.
+_written: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Parameter], int]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -35,7 +38,9 @@ def parked(model: Any, blocks: str) -> Iterator[None]:
     held = nn.ParameterDict({f"p{i}": p for i, p in enumerate(values.values())})
     names = dict(zip(values, held, strict=True))
     file = scratch_of(model) / "outside.safetensors"
-    write_block_file(file, held)
+    known = {id(p()): version for p, version in _written.get(model, []) if p() is not None}
+    if known != {key: p._version for key, p in values.items()}:
+        write_block_file(file, held)
     for key, p in values.items():
         _put(places[key], nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
     del held, p
@@ -48,6 +53,8 @@ def parked(model: Any, blocks: str) -> Iterator[None]:
             parameter: Any = found[names[key]]
             module, name = where[0]
             _put(where, parameter.requires_grad_(module.get_parameter(name).requires_grad))
+        back: list[Any] = [found[names[key]] for key in places]
+        _written[model] = [(ref(p), p._version) for p in back]
 
 
 def _put(places: list[tuple[nn.Module, str]], parameter: nn.Parameter) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbench.errors import Unsuitable
 from qbench.models.blocks import each_block
 from qbench.models.family import Family, family_of
 from qbench.models.norms import centres, gain_offset, plain_norm
@@ -110,12 +111,9 @@ def fold_norms(model: Any) -> None:
         NotImplementedError: If the model's norms do not stand between the residual stream and what reads it.
     """
     family = family_of(model)
-    if family.final_norm is None:
-        raise NotImplementedError(
-            "the residual stream of this model cannot be rotated: its norms are part of it (post-norm), or it has "
-            "projections or no norm at its end, or where its parts are was not described; use an algorithm without "
-            "rotations"
-        )
+    if why := unrotatable(family):
+        raise NotImplementedError(f"the residual stream of this model cannot be rotated: {why}; use {_OTHER}")
+    assert family.final_norm is not None, "or it could not be rotated"
     _untie(model, family)
     final: Any = model.get_submodule(family.final_norm)
     centred = centres(final)
@@ -131,6 +129,24 @@ def fold_norms(model: Any) -> None:
         for norm, names in family.readers(block):
             _fold(block, norm, [block.get_submodule(name) for name in names])
     _fold(model, family.final_norm, [model.get_submodule(family.head)])
+
+
+_OTHER = "an algorithm without rotations"
+
+
+def unrotatable(family: Family) -> str:
+    """Why the residual stream of a model cannot be rotated; empty if it can."""
+    if family.final_norm is not None:
+        return ""
+    if family.discovered:
+        return "its architecture is not described, so that what reads and writes it is not known"
+    return "its norms are part of it, or it begins or ends with projections, or behind a norm"
+
+
+def check_rotatable(model: Any) -> None:
+    """Raises Unsuitable where the residual stream cannot be rotated; a skeleton will do."""
+    if why := unrotatable(family_of(model)):
+        raise Unsuitable("rotations need a residual stream that plain norms read", f"{why}; use {_OTHER}")
 
 
 def _fold(parent: nn.Module, path: str, readers: list[Any]) -> None:

@@ -83,6 +83,17 @@ def first_call(model: Any, path: str) -> Call:
     )
 
 
+def in_double(value: Any) -> Any:
+    """The same with floating-point tensors in float64, however deep in tuples and dicts."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(in_double(v) for v in value)
+    if isinstance(value, dict):
+        return {k: in_double(v) for k, v in value.items()}
+    return value
+
+
 @torch.no_grad()
 def traced(block: nn.Module, call: Call) -> Trace:
     """Run a block and note what its modules are given and make."""
