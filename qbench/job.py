@@ -15,7 +15,8 @@ from qbench.data.library import Library
 from qbench.engine import REVISION as ENGINE
 from qbench.errors import Unsuitable
 from qbench.evaluate.plan import EvalPlan
-from qbench.models.load import ModelRef, check_fit
+from qbench.models.fit import check_fit
+from qbench.models.load import ModelRef
 from qbench.quant.scheme import Scheme
 
 Check = ParamSpec("Check")

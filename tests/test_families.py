@@ -20,7 +20,7 @@ from qbench.errors import Unsuitable
 from qbench.models.discover import discover
 from qbench.models.families import DESCRIBED
 from qbench.models.family import family_of
-from qbench.models.load import check_fit
+from qbench.models.fit import check_fit
 from qbench.quant.grid import grouped
 from qbench.quant.scheme import Scheme
 
