@@ -190,7 +190,7 @@ def _quantize(run: _Run, block: Block) -> Fixed:
 
 def _routed(block: Block, experts: Experts) -> Block:
     """The block without the experts that no token is routed to, which are rounded to nearest; the report names them."""
-    if block.inputs is None or not (found := experts_in(block.layer)):
+    if block.inputs is None or not experts_in(block.layer):
         return block
     counts = routed_tokens(block.inputs, block.layer, block.kwargs, block.device)
     n_tokens = block.inputs.hidden.shape[0] * block.inputs.hidden.shape[1]
@@ -198,14 +198,8 @@ def _routed(block: Block, experts: Experts) -> Block:
     block.report["experts"] = report
     if experts == "all":
         return block
-    names = [
-        f"{path}.{index}.{name}"
-        for path, unseen in report["unseen"].items()
-        for index in unseen
-        for name, module in found[path].get_submodule(str(index)).named_children()
-        if isinstance(module, nn.Linear)
-    ]
-    return replace(block, unseen=frozenset(names))
+    alone = {f"{path}.{index}" for path, unseen in report["unseen"].items() for index in unseen}
+    return replace(block, unseen=frozenset(n for n in block.linears if n.rpartition(".")[0] in alone))
 
 
 def _note(run: _Run, progress: Progress, done: int, fixed: Fixed) -> None:

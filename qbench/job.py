@@ -118,11 +118,7 @@ class Job:
         """
         self.algorithm.check(self.scheme)
         check_device(self.device)
-        if self.evaluation.device_map and torch.device(self.device).type != "cuda":
-            raise ValueError(
-                f"eval.device_map={self.evaluation.device_map} spreads the model over CUDA devices, the job's is "
-                f"{self.device} and torch sees {torch.cuda.device_count()} of them; set eval.device_map=null"
-            )
+        self.evaluation.check_device(self.device)
         if self.model.offload == "disk" and self.needs_all:
             raise Unsuitable("model.offload=disk has one block at a time in memory", self.needs_all)
         _check_fit(self.model, self.scheme)

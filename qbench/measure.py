@@ -32,7 +32,7 @@ from qbench.models.disk import on_disk
 from qbench.models.family import family_of
 from qbench.models.load import ModelRef
 from qbench.models.shape import shape_of
-from qbench.opening import place_of
+from qbench.opening import model_sizes, place_of
 
 _KEPT_UP_TO = 2 << 30  # bytes; what is larger is made again for each job rather than kept beside it in memory
 
@@ -52,9 +52,7 @@ class Shared:
     def model(self, ref: ModelRef) -> Any:
         """A copy of the model that the caller may change."""
         if ref != self._ref:
-            self._ref = self._pristine = self._first = None
-            self._baselines.clear()
-            gc.collect()
+            self._forget()
             self._ref, self._pristine = ref, ref.load()
         size = sum(p.numel() * p.element_size() for p in self._pristine.parameters())
         if size <= _KEPT_UP_TO:
@@ -64,14 +62,18 @@ class Shared:
 
     def opened(self, ref: ModelRef, scratch: Path) -> Any:
         """The model with its blocks on disk; what was kept of others is let go, since memory is short then."""
+        self._forget()
+        return ref.open(scratch)
+
+    def _forget(self) -> None:
         self._ref = self._pristine = self._first = None
         self._baselines.clear()
         gc.collect()
-        return ref.open(scratch)
 
     def kept_beside(self, ref: ModelRef) -> bool:
         """Whether a copy of the model stays in memory while a job works on another."""
-        return skeleton_bytes(ref) <= _KEPT_UP_TO
+        sizes = model_sizes(ref)
+        return (sizes.outside + sizes.blocks) * getattr(torch, ref.dtype).itemsize <= _KEPT_UP_TO
 
     def first(self, model: Any, job: Job) -> FirstInputs | None:
         """What the first block of the untouched `model` is given on the job's calibration data, where it is kept."""
@@ -167,7 +169,7 @@ def measure(job: Job, shared: Shared, reporter: Reporter) -> Measured:
                 result, seconds = evaluator.run(reference), 0.0
     metrics["eval_time_s"] += seconds  # of what this job read, since it was computed before
     metrics |= _noted(quantized) | ({"eval_streamed": 1.0} if evaluator.streamed else {}) | result.metrics
-    shape, why = _shape(job)
+    shape, why = _shape(job.model)
     return Measured(metrics, quantized, result.samples, shape, known, why)
 
 
@@ -252,15 +254,10 @@ def _peak_rss() -> Iterator[list[float]]:
         thread.join()
 
 
-def _shape(job: Job) -> tuple[dict[str, Any] | None, str]:
+@lru_cache(maxsize=8)
+def _shape(ref: ModelRef) -> tuple[dict[str, Any] | None, str]:
+    """The model's sizes, or why they cannot be read; sending a token through a skeleton takes up to seconds."""
     try:
-        return asdict(shape_of(skeleton(job.model).config, job.model.trust_remote_code)), ""
+        return asdict(shape_of(skeleton(ref).config, ref.trust_remote_code)), ""
     except NotImplementedError as refusal:  # only predictions of speed need it
         return None, str(refusal)
-
-
-@lru_cache(maxsize=8)
-def skeleton_bytes(ref: ModelRef) -> int:
-    """Of the model's weights in memory."""
-    item = getattr(torch, ref.dtype).itemsize
-    return int(item * sum(p.numel() for p in skeleton(ref).parameters()))

@@ -11,7 +11,9 @@ from tempfile import mkdtemp
 import torch
 
 from qbench.calib.spill import spilling
+from qbench.data.library import Library
 from qbench.engine import needs_data
+from qbench.evaluate.plan import EvalPlan
 from qbench.job import Job, skeleton, tokenizer
 from qbench.memory.allocator import freed_memory_returned
 from qbench.memory.check import check, describe
@@ -36,10 +38,6 @@ class Place:
 
     scratch: Path | None = None
     progress: Progress | None = None
-
-    @property
-    def on_disk(self) -> bool:
-        return self.scratch is not None
 
 
 def partial_folder(job: Job) -> Path | None:
@@ -106,19 +104,21 @@ def _estimate(job: Job, on_disk: bool, kept: bool) -> Estimate:
         needs_data=reads, needs_float_path=job.algorithm.needs_float_path, runs_model=job.algorithm.runs_model,
         n_samples=calib.n_samples if calib and reads else 0, seq_len=calib.seq_len if calib and reads else 0,
         batch_size=calib.batch_size if calib else 1,
-        eval_windows=sum(_n_windows(job, name) for name in plan.ppl), eval_seq_len=plan.seq_len,
+        eval_windows=_n_windows(job.model, plan, job.library), eval_seq_len=plan.seq_len,
         eval_batch_size=plan.batch_size, compared=plan.against_fp, copies=2 if kept else 1, keeps_inputs=kept,
         spill_above=_spill(job)[0],
     )  # fmt: skip
-    return estimated(_sizes(job.model), work)
-
-
-def _n_windows(job: Job, name: str) -> int:
-    return len(job.evaluation.windows(name, tokenizer(job.model), job.library).tokens)
+    return estimated(model_sizes(job.model), work)
 
 
 @lru_cache(maxsize=8)
-def _sizes(model: ModelRef) -> Sizes:
+def _n_windows(model: ModelRef, plan: EvalPlan, library: Library) -> int:
+    """Of all texts together."""
+    return sum(len(plan.windows(name, tokenizer(model), library).tokens) for name in plan.ppl)
+
+
+@lru_cache(maxsize=8)
+def model_sizes(model: ModelRef) -> Sizes:
     shell = skeleton(model)
     return sizes_of(shell, family_of(shell))
 

@@ -15,6 +15,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qbench.models.blockfile import settle
+
 STATE = "state.json"
 
 
@@ -64,7 +66,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, part)
-    _settle(part, path)
+    settle(part, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,13 +74,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(text)
-    _settle(part, path)
-
-
-def _settle(part: Path, path: Path) -> None:
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    settle(part, path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from qbench.calib.observers import Gram, Observer
 from qbench.calib.stages import Stages
 from qbench.calib.stream import Enough, Stream, called, for_batch, hidden_of
 from qbench.models.attention import attention_spec, quantize_attention
-from qbench.models.family import Family, Link, in_expert
+from qbench.models.family import Family, Link, has_gain, in_expert
 from qbench.models.hooks import quantized_inputs
 from qbench.models.rotate import is_rotated_online
 from qbench.models.surgery import migrate_scale
@@ -27,6 +27,16 @@ from qbench.quant.spec import QuantSpec
 _PAUSED_UP_TO = (
     2 << 30
 )  # bytes of activations that `sequential` may hold between links; beyond, it runs again
+
+
+def paused_bytes(n_tokens: int, hidden: int, widest: int, itemsize: int) -> int:
+    """What all batches hold while each stands before the same layer of a block; 0 where that would be too much.
+
+    Args:
+        widest: Inputs of the block's widest layer.
+    """
+    n_bytes = n_tokens * (4 * hidden + widest) * itemsize
+    return n_bytes if n_bytes <= _PAUSED_UP_TO else 0
 
 
 @dataclass(frozen=True)
@@ -160,13 +170,12 @@ class Block:
         It has not under grouped-query attention, where a value head feeds several output heads, nor without gains; nor
         does it where the input is rotated online, which mixes the channels.
         """
-        if link.source is None or is_rotated_online(self.linear(link.sinks[0])):
-            return False
-        weight = getattr(self[link.source], "weight", None)
-        if weight is None:
+        sink = self.linear(link.sinks[0])
+        if not has_gain(self.layer, link.source) or is_rotated_online(sink):
             return False
         rows = self.source_rows(link)
-        return (len(weight) if rows is None else len(rows)) == self.linear(link.sinks[0]).in_features
+        n_outputs = len(self[str(link.source)].get_parameter("weight")) if rows is None else len(rows)
+        return n_outputs == sink.in_features
 
     def is_norm(self, link: Link) -> bool:
         """Whether the link's source is a norm."""
@@ -287,9 +296,9 @@ class Block:
         these would be too many the block is run again for each link, with the same result.
         """
         assert self.inputs is not None, "a data-free algorithm asked for activations"
-        widths = 4 * self.inputs.hidden.shape[-1] + max(m.in_features for m in self.linears.values())
-        n_tokens = self.inputs.hidden.shape[0] * self.inputs.hidden.shape[1]
-        if n_tokens * widths * self.inputs.hidden.element_size() > _PAUSED_UP_TO:
+        n_samples, seq_len, hidden = self.inputs.hidden.shape
+        widest = max(m.in_features for m in self.linears.values())
+        if not paused_bytes(n_samples * seq_len, hidden, widest, self.inputs.hidden.element_size()):
             for link in self.links:
                 yield from self.observe(*kinds, links=[link]).items()
             return

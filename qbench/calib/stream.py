@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qbench.calib.causal import forward_only
 from qbench.calib.spill import empty
 from qbench.models.family import Family
+from qbench.models.nested import mapped
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def called(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 def for_batch(kwargs: dict[str, Any], n_samples: int) -> dict[str, Any]:
     """A block's recorded arguments, as they are for a batch."""
-    fit: dict[str, Any] = _each(kwargs, lambda v: v.repeated(n_samples) if isinstance(v, PerSample) else v)
+    fit: dict[str, Any] = mapped(kwargs, lambda v: v.repeated(n_samples), (PerSample,))
     return fit
 
 
@@ -198,17 +199,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     def move(v: Tensor | PerSample) -> Tensor | PerSample:
         return PerSample(v.one.to(device), v.dim) if isinstance(v, PerSample) else v.to(device)
 
-    return _each(value, move)
-
-
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Tensor | PerSample):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(_each(v, change) for v in value)
-    if isinstance(value, dict):
-        return {k: _each(v, change) for k, v in value.items()}
-    return value
+    return mapped(value, move, (Tensor, PerSample))
 
 
 def hidden_of(out: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -206,21 +206,24 @@ class EvalPlan:
         }
         return found | {name: harness.questions(name, library, self.shots, tokenizer) for name in self.tasks}
 
-    def fits(self, model: Any, device: str) -> bool:
-        """Whether a model is put on the device, or the devices, whole.
-
-        Raises:
-            ValueError: If it is to be spread over CUDA devices, and the job's own is none.
-        """
-        cuda = torch.device(device).type == "cuda"
-        if self.device_map and not cuda:
+    def check_device(self, device: str) -> None:
+        """Raises ValueError if the model is to be spread over CUDA devices, and the job's own is none."""
+        if self.device_map and torch.device(device).type != "cuda":
             raise ValueError(
                 f"eval.device_map={self.device_map} spreads the model over CUDA devices, and the job's is {device}; set "
                 "device=cuda, or eval.device_map=null"
             )
+
+    def fits(self, model: Any, device: str) -> bool:
+        """Whether a model is put on the device, or the devices, whole.
+
+        Raises:
+            ValueError: As `check_device` does.
+        """
+        self.check_device(device)
         if self.streamed is not None:
             return not self.streamed
-        if self.device_map or not cuda:
+        if self.device_map or torch.device(device).type != "cuda":
             return True
         return sum(p.numel() * p.element_size() for p in model.parameters()) <= room_on(device)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from qbench.calib.block import _PAUSED_UP_TO
+from qbench.calib.block import paused_bytes
 from qbench.memory.sizes import Sizes, sizes_of
 from qbench.models.family import Family
 from qbench.quant.factor import BLOCKS, WIDTH
@@ -176,10 +176,8 @@ def _unless_spilled(n_bytes: int, work: Work) -> int:
 
 
 def _paused(sizes: Sizes, work: Work) -> int:
-    """What all batches hold while each stands before the same layer of a block (`Block.sequential`)."""
-    width = 4 * sizes.hidden + max((n for kind in sizes.links for _, n in kind), default=0)
-    n_bytes = work.n_samples * work.seq_len * width * work.dtype.itemsize
-    return n_bytes if n_bytes <= _PAUSED_UP_TO else 0
+    widest = max((n for kind in sizes.links for _, n in kind), default=0)
+    return paused_bytes(work.n_samples * work.seq_len, sizes.hidden, widest, work.dtype.itemsize)
 
 
 def _forward(sizes: Sizes, batch_size: int, seq_len: int, item: int) -> int:

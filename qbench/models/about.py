@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from torch import nn
-
 from qbench.models.disk import on_disk
-from qbench.models.family import Link, family_of, pattern_of
+from qbench.models.family import family_of, has_gain, pattern_of
 from qbench.models.load import ModelRef
 
 
@@ -19,7 +17,7 @@ def about(ref: ModelRef, model: Any) -> dict[str, Any]:
     unlinked: dict[str, None] = {}
     for block in model.get_submodule(family.blocks):
         skipped |= {pattern_of(name): why for name, why in family.skipped(block).items()}
-        loose = [link for link in family.scalings(block) if not _has_source(block, link)]
+        loose = [link for link in family.scalings(block) if not has_gain(block, link.source)]
         unlinked |= dict.fromkeys(pattern_of(name) for link in loose for name in link.sinks)
     return {
         "family": model.config.model_type,
@@ -32,7 +30,3 @@ def about(ref: ModelRef, model: Any) -> dict[str, Any]:
         "skipped": skipped,
         "unlinked": list(unlinked),
     }
-
-
-def _has_source(block: nn.Module, link: Link) -> bool:
-    return link.source is not None and getattr(block.get_submodule(link.source), "weight", None) is not None

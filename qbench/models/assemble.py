@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qbench.models.blockreader import ON_CPU, ON_META, BlockReader, check, convert
-from qbench.models.checkpoint import Checkpoint
+from qbench.models.checkpoint import Checkpoint, refuse_quantized
 
 
 def open_assembled(
@@ -31,11 +31,7 @@ def open_assembled(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotImplementedError(
-            f"{checkpoint.folder} is a quantized checkpoint (quantization_config in config.json); give the "
-            "floating-point one"
-        )
+    refuse_quantized(config, checkpoint.folder)
     model = _on_meta(config, model_class, checkpoint, dtype)
     load_config = LoadStateDictConfig(
         pretrained_model_name_or_path=str(checkpoint.folder),

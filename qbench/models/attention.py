@@ -68,10 +68,9 @@ def use_quantized_attention(model: Any) -> None:
             attention = block.get_submodule(str(family.attention_out).rpartition(".")[0])
             attention.register_forward_pre_hook(_through_cache, with_kwargs=True)
         return
-    own = model.config._attn_implementation
-    if own != "sdpa" and (own != "eager" or model._supports_sdpa):
+    if other := irreplaceable(model):
         raise ValueError(
-            f"the model runs attention {own!r}, quantized attention needs 'sdpa'; set model.attn=sdpa"
+            f"the model runs attention {other!r}, quantized attention needs 'sdpa'; set model.attn=sdpa"
         )
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -81,6 +80,12 @@ def use_quantized_attention(model: Any) -> None:
     AttentionMaskInterface.register(QUANTIZED_ATTENTION, sdpa_mask)
     model.set_attn_implementation(QUANTIZED_ATTENTION)
     model.register_forward_pre_hook(_keep_key_groups, with_kwargs=True)
+
+
+def irreplaceable(model: Any) -> str:
+    """The attention that a model runs, if quantized attention cannot stand in for it; a skeleton will do."""
+    own = str(model.config._attn_implementation)
+    return "" if own == "sdpa" or (own == "eager" and not model._supports_sdpa) else own
 
 
 def quantize_attention(

@@ -70,9 +70,7 @@ def write_block_file(file: Path, block: nn.Module) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, about)
-        with part.open("rb") as raw:
-            os.fsync(raw.fileno())
-        part.replace(file)
+        settle(part, file)
     except Exception as error:  # safetensors has its own for a full disk
         part.unlink(missing_ok=True)
         size = sum(x.nbytes for x in tensors.values())
@@ -80,6 +78,13 @@ def write_block_file(file: Path, block: nn.Module) -> None:
             f"{file} cannot be written ({first_line(error)}); it needs {size} bytes, free the disk or choose another "
             "folder for scratch"
         ) from error
+
+
+def settle(part: Path, file: Path) -> None:
+    """Give a file that was written whole its name, once it is on the disk."""
+    with part.open("rb") as raw:
+        os.fsync(raw.fileno())
+    part.replace(file)
 
 
 def _packed(x: Tensor) -> Tensor:

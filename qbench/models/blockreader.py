@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qbench.errors import first_line
-from qbench.models.checkpoint import Checkpoint
+from qbench.models.checkpoint import Checkpoint, lacking
 
 ON_META = {"": "meta"}
 # A tensor on disk, be there one or not, makes transformers read one parameter after another instead of all at once in
@@ -125,8 +125,4 @@ def check(model: Any, info: Any, checkpoint: Checkpoint, names: Sequence[str], p
         name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(prefix)
     }
     if missing := sorted(parameters & info.missing_keys):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise OSError(
-            f"{checkpoint.folder}: no file holds {missing[0]}{more}, which the model of config.json has; config and "
-            "weights are not of the same checkpoint"
-        )
+        raise lacking(checkpoint.folder, missing)

@@ -8,7 +8,7 @@ its pages for as long as anything of its file is in use.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,23 @@ def open_shard(file: Path) -> Iterator[Any]:
         raise OSError(f"{file} cannot be read ({first_line(error)}); fetch it again") from error
     with opened as shard:
         yield shard
+
+
+def refuse_quantized(config: Any, name: object) -> None:
+    """Raises NotImplementedError if a model's config says that its checkpoint is quantized."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotImplementedError(
+            f"{name} is a quantized checkpoint (quantization_config in config.json); give the floating-point one"
+        )
+
+
+def lacking(name: object, missing: Sequence[str]) -> OSError:
+    """That a checkpoint has no tensors for these parameters of the model, at least one."""
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return OSError(
+        f"{name}: no file holds {missing[0]}{more}, which the model of config.json has; config and weights are not of "
+        "the same checkpoint"
+    )
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -10,7 +10,7 @@ add to it, the head reads it through the final norm.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,8 @@ class Family:
 
     def norm_links(self, block: nn.Module) -> tuple[Link, ...]:
         """The links of a block whose source is a norm with gains, which any scale can go into."""
-        return tuple(link for link in self.scalings(block) if _is_norm(block, link.source))
+        gained = [link for link in self.scalings(block) if has_gain(block, link.source)]
+        return tuple(k for k in gained if not isinstance(block.get_submodule(str(k.source)), nn.Linear))
 
     def skipped(self, block: nn.Module) -> dict[str, str]:
         """What has weights in a block and stays in floating point, with the reason."""
@@ -157,31 +158,14 @@ class Family:
 
     def value_rows(self, n_outputs: int) -> Tensor | None:
         """Which outputs of the layer `value` are values, head by head; `None` for all."""
-        return self._rows(n_outputs, "value")
-
-    def key_rows(self, n_outputs: int) -> Tensor | None:
-        """Which outputs of the layer that makes keys are keys, head by head; `None` for all.
-
-        Raises:
-            ValueError: Of latent keys, which no layer makes whole.
-        """
-        return self._rows(n_outputs, "key")
-
-    def _rows(self, n_outputs: int, which: Literal["key", "value"]) -> Tensor | None:
         heads = self.heads
         assert heads is not None, "family_of fills in the heads"
         if heads.fused == "apart":
             return None
         rows = torch.arange(n_outputs)
         if heads.fused == "stacked":
-            n_keys, n_values = heads.keys * heads.size, heads.keys * heads.value_size
-            return rows[-n_values:] if which == "value" else rows[-n_values - n_keys : -n_values]
-        by_head = rows.view(heads.keys, -1)
-        if which == "value":
-            return by_head[:, -heads.value_size :].flatten()
-        if heads.fused == "latent":
-            raise ValueError("keys of latent attention come from two layers")
-        return by_head[:, -heads.value_size - heads.size : -heads.value_size].flatten()
+            return rows[-heads.keys * heads.value_size :]
+        return rows.view(heads.keys, -1)[:, -heads.value_size :].flatten()
 
 
 def pattern_of(name: str) -> str:
@@ -227,10 +211,9 @@ def _by_rows(link: Link) -> Iterator[Link]:
     yield from (Link(None, tuple(names)) for names in units.values())
 
 
-def _is_norm(block: nn.Module, source: str | None) -> bool:
-    if source is None or isinstance(module := block.get_submodule(source), nn.Linear):
-        return False
-    return getattr(module, "weight", None) is not None
+def has_gain(block: nn.Module, source: str | None) -> bool:
+    """Whether a link's source has a weight that a scale can go into; some norms have none."""
+    return source is not None and getattr(block.get_submodule(source), "weight", None) is not None
 
 
 def _parent(name: str) -> str:
@@ -263,8 +246,3 @@ def family_of(model: nn.Module) -> Family:
 
     found = described(model.config)
     return discovered(model) if found is None else found
-
-
-def head_dim_of(config: Any) -> int:
-    """Channels of one attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qbench.errors import Unsuitable
-from qbench.models.attention import check_kv
+from qbench.models.attention import check_kv, irreplaceable
 from qbench.models.family import Family, family_of
 from qbench.quant.scheme import Scheme, fits
 from qbench.quant.spec import QuantSpec
@@ -35,15 +35,9 @@ def check_fit(model: Any, scheme: Scheme) -> None:
 
 
 def _check_attention(model: Any, family: Family, scheme: Scheme) -> None:
-    own = model.config._attn_implementation
     inside = scheme.kv is not None or scheme.bmm is not None
-    if (
-        inside
-        and family.attention == "registry"
-        and own != "sdpa"
-        and (own != "eager" or model._supports_sdpa)
-    ):
-        raise Unsuitable("quantization inside attention needs model.attn=sdpa", f"model.attn is {own}")
+    if inside and family.attention == "registry" and (other := irreplaceable(model)):
+        raise Unsuitable("quantization inside attention needs model.attn=sdpa", f"model.attn is {other}")
 
 
 def _check_groups(key: str, spec: QuantSpec | None, name: str, width: int) -> None:

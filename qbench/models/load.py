@@ -9,7 +9,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 
 from qbench.data.library import unreachable
 from qbench.errors import first_line
-from qbench.models.checkpoint import Checkpoint, checkpoint_info, open_checkpoint
+from qbench.models.checkpoint import Checkpoint, checkpoint_info, lacking, open_checkpoint, refuse_quantized
 from qbench.models.disk import open_model
 from qbench.models.experts import unpack
 from qbench.models.family import family_of
@@ -115,7 +115,7 @@ class ModelRef:
         if self.attn != "auto":
             return self.attn
         try:
-            return str(replace(self, outliers=None).skeleton().config._attn_implementation)
+            return str(self._shell.config._attn_implementation)
         except (OSError, ValueError, NotImplementedError):  # it cannot run, which its check will say
             return self.attn
 
@@ -166,7 +166,7 @@ class ModelRef:
         Raises:
             OSError: If a file is missing, damaged or cut off; names it.
         """
-        shell = replace(self, outliers=None).skeleton()
+        shell = self._shell
         folder = self.folder or snapshot(
             self.id, self.revision, local_files_only=self._source["local_files_only"]
         )
@@ -199,6 +199,11 @@ class ModelRef:
             )
 
     @property
+    def _shell(self) -> Any:
+        """The model without weights, built once for all that only look at it."""
+        return _shell_of(replace(self, outliers=None, offload="auto"))
+
+    @property
     def _attention(self) -> str | None:
         """As transformers is told: nothing lets it choose."""
         return None if self.attn == "auto" else self.attn
@@ -208,7 +213,7 @@ class ModelRef:
         from transformers import AutoModelForCausalLM
 
         if self.folder is not None:
-            self._check_depth(open_checkpoint(self.folder), replace(self, outliers=None).skeleton())
+            self._check_depth(open_checkpoint(self.folder), self._shell)
         model, found = AutoModelForCausalLM.from_pretrained(
             **self._source,
             dtype=getattr(torch, self.dtype),
@@ -217,11 +222,7 @@ class ModelRef:
             output_loading_info=True,
         )
         if missing := sorted(found["missing_keys"]):
-            raise OSError(
-                f"the weights of {self.id} lack {missing[0]}"
-                + (f" and {len(missing) - 1} more" if missing[1:] else "")
-                + ", which the model of config.json has; config and weights are not of the same checkpoint"
-            )
+            raise lacking(self.folder or self.id, missing)
         unpack(model)
         if self.outliers is not None:
             plant_outliers(model, self.outliers)
@@ -245,34 +246,36 @@ class ModelRef:
             OSError: If there is no such model.
             NotImplementedError: If `outliers` cannot be planted in it.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        try:
-            config = AutoConfig.from_pretrained(**self._source)
-        except OSError as error:
-            why = unreachable() if self.folder is None else ""
-            raise OSError(
-                f"model {self.id!r} was found neither locally nor on the hub ({why or first_line(error)}); "
-                + (
-                    "fetch it where there is a network, `qbench data fetch`, "
-                    if why
-                    else "check model.id, log in for a gated model, "
-                )
-                + "or give a local folder"
-            ) from error
-        if getattr(config, "quantization_config", None) is not None:
-            raise NotImplementedError(
-                f"model {self.id!r} is a quantized checkpoint (quantization_config in config.json); give the "
-                "floating-point one"
-            )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=self.trust_remote_code, attn_implementation=self._attention
-            )
-        unpack(model)
+        model = self._shell
         if self.outliers is not None:
             norm_links(model)
         return model
+
+
+@lru_cache(maxsize=8)
+def _shell_of(ref: ModelRef) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(**ref._source)
+    except OSError as error:
+        why = unreachable() if ref.folder is None else ""
+        raise OSError(
+            f"model {ref.id!r} was found neither locally nor on the hub ({why or first_line(error)}); "
+            + (
+                "fetch it where there is a network, `qbench data fetch`, "
+                if why
+                else "check model.id, log in for a gated model, "
+            )
+            + "or give a local folder"
+        ) from error
+    refuse_quantized(config, f"model {ref.id!r}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=ref.trust_remote_code, attn_implementation=ref._attention
+        )
+    unpack(model)
+    return model
 
 
 @cache

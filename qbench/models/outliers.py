@@ -10,10 +10,10 @@ diagonal, `W x = (W D⁻¹)(D x)`, and the quantizer meets `D x`.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbench.models.blocks import each_block
-from qbench.models.family import Link, family_of
+from qbench.models.family import Family, Link, family_of
 from qbench.models.surgery import migrate_scale
 
 SHARE = 64  # one hidden channel in so many is an outlier
@@ -34,14 +34,17 @@ def norm_links(model: Any) -> tuple[Link, ...]:
         NotImplementedError: If there is none, or the architecture is not described.
     """
     family = family_of(model)
-    block = model.get_submodule(family.blocks)[0]
-    links = tuple(link for link in family.norm_links(block) if link.source in family.norms)
+    links = _planted(family, model.get_submodule(family.blocks)[0])
     if not links:
         raise NotImplementedError(
             "outliers are planted in norms that feed linear layers alone, and this model has none "
             "(post-norm blocks); set model.outliers=null"
         )
     return links
+
+
+def _planted(family: Family, block: nn.Module) -> tuple[Link, ...]:
+    return tuple(link for link in family.norm_links(block) if link.source in family.norms)
 
 
 def plant_outliers(model: Any, factor: float) -> None:
@@ -56,9 +59,7 @@ def plant_outliers(model: Any, factor: float) -> None:
     family = family_of(model)
     norm_links(model)
     for block in each_block(model, family.blocks):
-        for link in family.norm_links(block):
-            if link.source not in family.norms:
-                continue
+        for link in _planted(family, block):
             followers = [block.get_submodule(name) for name in (*link.sinks, *link.also)]
             first = block.get_submodule(link.sinks[0]).get_parameter("weight")
             s = torch.ones(first.shape[1], dtype=torch.float64, device=first.device)

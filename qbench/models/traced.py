@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbench.models.nested import mapped
+
 _TOKENS = 8
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -85,13 +87,7 @@ def first_call(model: Any, path: str) -> Call:
 
 def in_double(value: Any) -> Any:
     """The same with floating-point tensors in float64, however deep in tuples and dicts."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        return tuple(in_double(v) for v in value)
-    if isinstance(value, dict):
-        return {k: in_double(v) for k, v in value.items()}
-    return value
+    return mapped(value, lambda x: x.double() if x.is_floating_point() else x)
 
 
 @torch.no_grad()
