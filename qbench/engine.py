@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.algorithms.base import Algorithm
-from qbench.algorithms.rtn import nearest
+from qbench.algorithms.rtn import round_to_nearest
 from qbench.calib.activations import Fixed, fixed_attention, fixed_parts, quantize_inputs, quantize_products
 from qbench.calib.block import Block
 from qbench.calib.routing import routed_tokens, routing_report
@@ -22,6 +22,7 @@ from qbench.models.experts import all_experts, experts_in
 from qbench.models.family import Family, family_of
 from qbench.models.parking import parked
 from qbench.progress import Progress, load_tensors, save_tensors
+from qbench.quant.grid import QParams
 from qbench.quant.scheme import Scheme
 from qbench.quant.storage import layer_bits
 
@@ -59,6 +60,42 @@ class Quantized:
     resumed_at: int = 0
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A block as quantization leaves it, and what its weights were rounded to.
+
+    Attributes:
+        layer: The block itself; of a model on disk, its weights are in memory only while it is handed over.
+        grids, kept, group_bits: As `Block` has them, of the layers that were rounded.
+        fixed: The grids of inputs, keys and values that calibration data decided.
+    """
+
+    index: int
+    layer: nn.Module
+    grids: dict[str, QParams]
+    kept: dict[str, Tensor]
+    group_bits: dict[str, Tensor]
+    fixed: Fixed
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the block's own, by name; `of` reads them."""
+        parts = {f"{name}|fixed": tensor for name, tensor in self.fixed.items()}
+        for name, grid in self.grids.items():
+            parts |= {f"{name}|grid_scale": grid.scale, f"{name}|grid_zero": grid.zero}
+        for kind, found in (("mask", self.kept), ("widths", self.group_bits)):
+            parts |= {f"{name}|{kind}": tensor for name, tensor in found.items()}
+        return parts
+
+    @classmethod
+    def of(cls, index: int, layer: nn.Module, tensors: dict[str, Tensor]) -> "Finished":
+        def part(kind: str) -> dict[str, Tensor]:
+            return {n.removesuffix(f"|{kind}"): t for n, t in tensors.items() if n.endswith(f"|{kind}")}
+
+        zeros = part("grid_zero")
+        grids = {name: QParams(scale, zeros[name]) for name, scale in part("grid_scale").items()}
+        return cls(index, layer, grids, part("mask"), part("widths"), part("fixed"))
+
+
 @dataclass
 class _Run:
     """A quantization under way.
@@ -76,6 +113,7 @@ class _Run:
     propagate_error: bool
     samples: int
     experts: Experts
+    deliver: Callable[[Finished], None]
     result: Quantized
     inputs: Stream | None = None
     clean: Stream | None = None
@@ -95,6 +133,7 @@ def quantize(
     on_block: Callable[[int, int], None] = lambda done, total: None,
     experts: Experts = "routed",
     progress: Progress | None = None,
+    deliver: Callable[[Finished], None] = lambda finished: None,
 ) -> Quantized:
     """Fake-quantize `model` in place.
 
@@ -110,6 +149,7 @@ def quantize(
         experts: Whether experts are calibrated on the tokens that are routed to them, or each on all.
         progress: Where finished blocks are noted, of a model whose blocks are on disk; what was noted there before is
             taken over.
+        deliver: Given each block when it is finished, in order; those that are taken over too.
 
     Raises:
         ValueError: If the algorithm rounds nothing, or data is needed and there is none.
@@ -129,7 +169,9 @@ def quantize(
         report = algorithm.prepare(model, scheme, tokens)
     if report is not None:
         first, result.report = None, report
-    run = _Run(model, family, algorithm, scheme, device, propagate_error, error_samples, experts, result)
+    run = _Run(
+        model, family, algorithm, scheme, device, propagate_error, error_samples, experts, deliver, result
+    )
     n_blocks = len(model.get_submodule(family.blocks))
     kwargs: list[dict[str, Any]] = [{} for _ in range(n_blocks)]
     if reads and tokens is not None:
@@ -138,18 +180,18 @@ def quantize(
     with parked(model, family.blocks):
         for index in range(_take_over(run, progress) if progress else 0, n_blocks):
             clock = time.perf_counter()
-            fixed = _step(run, index, n_blocks, kwargs[index])
+            finished = _step(run, index, n_blocks, kwargs[index])
             result.seconds.append(time.perf_counter() - clock)
             if progress:
                 finish(model, family.blocks, index)
-                _note(run, progress, index + 1, fixed)
+                _note(run, progress, finished)
             on_block(index + 1, n_blocks)
     return result
 
 
 @torch.no_grad()
-def _step(run: _Run, index: int, n_blocks: int, kwargs: dict[str, Any]) -> Fixed:
-    """Quantize one block, and go on to the next; returns the grids that calibration data decided."""
+def _step(run: _Run, index: int, n_blocks: int, kwargs: dict[str, Any]) -> Finished:
+    """Quantize one block, and go on to the next."""
     device = run.device
     with at_hand(run.model, index) as layer, placed(layer, device):
         kwargs = to_device(kwargs, device)
@@ -159,16 +201,17 @@ def _step(run: _Run, index: int, n_blocks: int, kwargs: dict[str, Any]) -> Fixed
         )  # fmt: skip
         alone = run.samples if run.propagate_error or block.is_last else None
         reference = block.outputs(alone) if block.inputs else None
-        fixed = _quantize(run, block)
+        finished = _quantize(run, block)
         run.clean = clean_out
         if reference is not None:
             outputs = block.outputs(None if run.propagate_error and not block.is_last else run.samples)
             run.result.errors.append(outputs.head(run.samples).error(reference.head(run.samples)))
             run.inputs = outputs if run.propagate_error else reference
-    return fixed
+        run.deliver(finished)
+    return finished
 
 
-def _quantize(run: _Run, block: Block) -> Fixed:
+def _quantize(run: _Run, block: Block) -> Finished:
     """Quantize the block's weights, and from now on whatever else the scheme says."""
     with all_experts(block.layer) if run.experts == "all" else nullcontext():
         block = _routed(block, run.experts)
@@ -176,7 +219,7 @@ def _quantize(run: _Run, block: Block) -> Fixed:
         whole = replace(block, unseen=frozenset())
         left = [n for n, version in block.missed.items() if whole.linear(n).weight._version == version]
         for name in (*block.unseen, *left):
-            whole.linear(name).weight.copy_(nearest(whole, name))
+            round_to_nearest(whole, name)
         if left:
             block.report["experts"]["missed"] = sorted({name.rpartition(".")[0] for name in left})
         _check_finite(whole)
@@ -185,7 +228,7 @@ def _quantize(run: _Run, block: Block) -> Fixed:
     fixed |= fixed_attention(block)
     quantize_products(block.layer, block.scheme, fixed)
     _account(whole, run.result)
-    return fixed
+    return Finished(block.index, block.layer, block.grids, block.kept, block.group_bits, fixed)
 
 
 def _routed(block: Block, experts: Experts) -> Block:
@@ -202,14 +245,14 @@ def _routed(block: Block, experts: Experts) -> Block:
     return replace(block, unseen=frozenset(n for n in block.linears if n.rpartition(".")[0] in alone))
 
 
-def _note(run: _Run, progress: Progress, done: int, fixed: Fixed) -> None:
+def _note(run: _Run, progress: Progress, finished: Finished) -> None:
     """Note a finished block; its weights are where blocks on disk are."""
-    save_tensors(progress.block_file(done - 1), fixed)
+    save_tensors(progress.block_file(finished.index), finished.tensors())
     tensors = {"generator": torch.get_rng_state()}
     for name, stream in (("inputs", run.inputs), ("clean", run.clean)):
         if stream is not None:
             tensors[name] = stream.hidden
-    progress.note(done, {"result": asdict(run.result)}, tensors)
+    progress.note(finished.index + 1, {"result": asdict(run.result)}, tensors)
 
 
 def _take_over(run: _Run, progress: Progress) -> int:
@@ -218,12 +261,13 @@ def _take_over(run: _Run, progress: Progress) -> int:
         return 0
     done = int(state["done"])
     for index in range(done):
-        fixed = load_tensors(progress.block_file(index))
         use_finished(run.model, run.family.blocks, index)
         with at_hand(run.model, index) as layer:
+            finished = Finished.of(index, layer, load_tensors(progress.block_file(index)))
             linears: Any = {name: layer.get_submodule(name) for name in run.family.linears(layer)}
-            quantize_inputs(index, run.scheme, linears, fixed)
-            quantize_products(layer, run.scheme, fixed)
+            quantize_inputs(index, run.scheme, linears, finished.fixed)
+            quantize_products(layer, run.scheme, finished.fixed)
+            run.deliver(finished)
     tensors = progress.tensors(done)
     torch.set_rng_state(tensors["generator"])
     run.inputs, run.clean = (

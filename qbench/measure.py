@@ -22,7 +22,7 @@ from qbench.calib.stream import FirstInputs, first_inputs
 from qbench.data.calibration import CalibrationSet
 from qbench.data.library import Library
 from qbench.deploy.size import size_metrics
-from qbench.engine import Quantized, placed, quantize
+from qbench.engine import Finished, Quantized, placed, quantize
 from qbench.evaluate.baseline import Baselines
 from qbench.evaluate.dispatch import dispatched
 from qbench.evaluate.evaluator import Evaluator
@@ -33,6 +33,7 @@ from qbench.models.family import family_of
 from qbench.models.load import ModelRef
 from qbench.models.shape import shape_of
 from qbench.opening import model_sizes, place_of
+from qbench.progress import Progress
 
 _KEPT_UP_TO = 2 << 30  # bytes; what is larger is made again for each job rather than kept beside it in memory
 
@@ -152,25 +153,38 @@ def measure(job: Job, shared: Shared, reporter: Reporter) -> Measured:
         known = about(job.model, model)  # before quantization edits it
         n_parameters = sum(p.numel() for p in model.parameters())  # tied parameters are listed once
         with _phase("calib", job, metrics, reporter):
-            calib = job.calib
-            quantized = quantize(
-                model, job.algorithm, job.scheme, tokens, first=first,
-                propagate_error=calib.propagate_error if calib else True,
-                batch_size=calib.batch_size if calib else 8, device=job.device, on_block=reporter.block,
-                experts=calib.experts if calib else "routed", progress=place.progress,
-            )  # fmt: skip
+            done = quantized(job, model, tokens, first, place.progress, reporter)
         # A run that was broken off is timed as if it had not been.
-        metrics["calib_time_s"] += sum(quantized.seconds[: quantized.resumed_at])
-        metrics |= size_metrics(model, n_parameters, quantized.stored_bits, quantized.extra_bits)
+        metrics["calib_time_s"] += sum(done.seconds[: done.resumed_at])
+        metrics |= size_metrics(model, n_parameters, done.stored_bits, done.extra_bits)
         with _phase("eval", job, metrics, reporter), _at_work(evaluator):
             if reference is not None and isinstance(job.algorithm, FloatingPoint):
                 result, seconds = evaluator.run_float(reference)
             else:
                 result, seconds = evaluator.run(reference), 0.0
     metrics["eval_time_s"] += seconds  # of what this job read, since it was computed before
-    metrics |= _noted(quantized) | ({"eval_streamed": 1.0} if evaluator.streamed else {}) | result.metrics
+    metrics |= _noted(done) | ({"eval_streamed": 1.0} if evaluator.streamed else {}) | result.metrics
     shape, why = _shape(job.model)
-    return Measured(metrics, quantized, result.samples, shape, known, why)
+    return Measured(metrics, done, result.samples, shape, known, why)
+
+
+def quantized(
+    job: Job,
+    model: Any,
+    tokens: Tensor | None,
+    first: FirstInputs | None,
+    progress: Progress | None,
+    reporter: Reporter,
+    deliver: Callable[[Finished], None] = lambda finished: None,
+) -> Quantized:
+    """Quantize a model in place, as a job says."""
+    calib = job.calib
+    return quantize(
+        model, job.algorithm, job.scheme, tokens, first=first,
+        propagate_error=calib.propagate_error if calib else True,
+        batch_size=calib.batch_size if calib else 8, device=job.device, on_block=reporter.block,
+        experts=calib.experts if calib else "routed", progress=progress, deliver=deliver,
+    )  # fmt: skip
 
 
 def _noted(quantized: Quantized) -> dict[str, float]:

@@ -26,7 +26,7 @@ def block_of(tokens, rounded):
     if rounded:
         with torch.no_grad():
             for name, linear in block.linears.items():
-                linear.weight.copy_(nearest(block, name))
+                linear.weight.copy_(nearest(block, name)[0])
     return block
 
 

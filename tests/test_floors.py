@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qbench"
 FLOORS = [
     "errors", "quant", "zoo", "data", "models", "calib", "algorithms", "progress", "engine", "memory", "statistics",
-    "deploy", "evaluate", "job", "opening", "measure", "run", "track", "report", "sweep", "cli", "__main__",
+    "deploy", "evaluate", "job", "opening", "measure", "remade", "run", "export", "track", "report", "sweep", "cli",
+    "__main__",
 ]  # fmt: skip
 ONLY_IN = {
     "hydra": {"cli", "sweep"},
@@ -19,7 +20,10 @@ ONLY_IN = {
     "pandas": {"report"},
     "matplotlib": {"report"},
     "transformers": {"models", "zoo"},
+    "gptqmodel": {"deploy"},
     "lm_eval": {"evaluate"},
+    "gguf": {"deploy"},
+    "llama_cpp": {"deploy"},
     "rich": {"cli", "sweep", "report"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

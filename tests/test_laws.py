@@ -14,6 +14,7 @@ from qbench.algorithms.rtn import RTN
 from qbench.engine import quantize
 from qbench.models.family import family_of
 from qbench.quant.grid import choose_qparams, grouped
+from qbench.quant.mixed import quantize_mixed
 from qbench.quant.scheme import Scheme
 
 from .conftest import random_model
@@ -159,6 +160,14 @@ def test_a_rounder_leaves_every_weight_on_the_grid(algorithm, scheme, symmetric,
             for g, mask, b in zip(*(x.flatten(0, 1) for x in (groups, masks, bits)), strict=True):
                 levels = len(torch.unique(g[mask]))
                 assert levels <= 2**b, f"{layer} has {levels} levels in {b} bits"
+            if layer not in block.report.get("per_input", ()):
+                again = quantize_mixed(
+                    linear.weight.where(rounded, 0.0),
+                    scheme.weight,
+                    block.group_bits.get(layer),
+                    block.grids[layer],
+                )
+                assert torch.equal(again[rounded], linear.weight[rounded]), f"{layer} is on another grid"
 
 
 @pytest.mark.parametrize("algorithm", of_kind("select"), ids=name)

@@ -298,10 +298,20 @@ def test_scales_do_not_keep_codes_from_the_integer_units():
     record = {"metrics": {"bits_per_linear_weight": 8.25}, "labels": {"wbits": 8, "abits": 8, "kvbits": 16}}
     bits = bits_of(record)
     assert bits == Bits(8.25, 8, 16, code=8)
-    integer = {op.name for op in operators(SEVEN, bits, 1, 64, "prefill") if op.integer}
+    integer = {op.name for op in operators(SEVEN, bits, 1, 64, "prefill") if op.unit == "int8"}
     assert integer == set(SEVEN.linears)  # neither attention, whose cache is wide, nor the head
     record["labels"]["abits"] = 16
-    assert not any(op.integer for op in operators(SEVEN, bits_of(record), 1, 64, "prefill"))
+    assert not any(op.unit == "int8" for op in operators(SEVEN, bits_of(record), 1, 64, "prefill"))
+
+
+@pytest.mark.parametrize(("formats", "unit"), [
+    (("e4m3", "e4m3"), "fp8"), (("mxfp8", "mxfp8"), "fp8"), (("int", "e4m3"), "fp16"), (("int", "int"), "int8"),
+])  # fmt: skip
+def test_a_record_says_which_units_multiply_its_formats(formats, unit):
+    config = dict(zip(("weight_format", "act_format"), formats, strict=True))
+    record = {"metrics": {"bits_per_linear_weight": 8.25}, "labels": {"wbits": 8, "abits": 8, "kvbits": 16}}
+    found = operators(SEVEN, bits_of(record | {"config": config}), 1, 64, "prefill")
+    assert {op.unit for op in found if op.name in SEVEN.linears} == {unit}
 
 
 def test_a_batch_of_nothing_and_an_unknown_phase_are_refused():
@@ -314,7 +324,7 @@ def test_a_batch_of_nothing_and_an_unknown_phase_are_refused():
 def test_devices_are_found_by_name_and_a_wrong_name_is_helped():
     assert device("H100").bandwidth == 3072e9
     assert all(
-        each.source and each.on_chip < each.memory and each.bandwidth < each.int8
+        each.source and each.on_chip < each.memory and each.bandwidth < each.fp32 <= each.fp16
         for each in devices().values()
     )
     with pytest.raises(

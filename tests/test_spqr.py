@@ -18,7 +18,7 @@ from .test_gptq import SIZE, N, problem
 
 
 def rounded(algorithm: SpQR, w: torch.Tensor, x: torch.Tensor, spec: QuantSpec):
-    return algorithm.round(w, *algorithm.factor(x.T @ x / len(x)), spec)
+    return algorithm.round(w, *algorithm.factor(x.T @ x / len(x)), spec)[:2]
 
 
 def spec_of(bits: int = 3, size: int = SIZE, **more) -> QuantSpec:

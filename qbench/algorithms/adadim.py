@@ -59,31 +59,33 @@ class AdaDim(Algorithm):
                 if (spec := block.weight_spec(name)) is None:
                     continue
                 weight = block.linear(name).weight
-                rounded, per_input = self.round(weight.to(gram), gram, spec)
+                rounded, grid = self.round(weight.to(gram), gram, spec)
                 weight.copy_(rounded)
-                if per_input:
+                if grid is not None:
+                    block.grids[name] = grid
+                else:
                     turned.append(name)
                     block.stored_bits[name] = layer_bits(spec, weight.shape[1], weight.shape[0])
         block.report["per_input"] = turned
 
-    def round(self, w: Tensor, gram: Tensor, spec: QuantSpec) -> tuple[Tensor, bool]:
-        """`w`, `(out, in)`, rounded the better way, and whether this is with groups along the output channels.
+    def round(self, w: Tensor, gram: Tensor, spec: QuantSpec) -> tuple[Tensor, QParams | None]:
+        """`w`, `(out, in)`, rounded the better way, and its grid; `None` where groups are along the output channels.
 
         Args:
             gram: Gram matrix of the layer's input, `(in, in)`.
         """
-        rounded, per_input = fake_quantize(w, spec), False
+        grid = choose_qparams(w, spec)
+        rounded = fake_quantize(w, spec, grid)
         if len(w) % (spec.group_size or 1) == 0:
             across = fake_quantize(w.T.contiguous(), spec).T
             along_error, across_error = (output_error(q - w, gram).sum() for q in (rounded, across))
-            per_input = bool(across_error < along_error)
-            rounded = across if per_input else rounded
-        return (self._by_gptq(w, gram, spec, per_input) if self.compensate else rounded), per_input
+            if across_error < along_error:
+                return (self._across(w, gram, spec) if self.compensate else across), None
+        return GPTQ().solve(w, gram, spec) if self.compensate else (rounded, grid)
 
     @staticmethod
-    def _by_gptq(w: Tensor, gram: Tensor, spec: QuantSpec, per_input: bool) -> Tensor:
-        if not per_input:
-            return GPTQ().round(w, gram, spec)
+    def _across(w: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:
+        """By GPTQ, with groups along the output channels."""
         # A column meets as many grids as it has groups: to GPTQ, every column is a group, and every row has a grid.
         each = replace(spec, granularity="group", group_size=1)
         parts = choose_qparams(w.T.contiguous(), spec)

@@ -105,6 +105,7 @@ class AutoRound(Algorithm):
         )  # fmt: skip
         for name, r in learned.items():
             block.linear(name).weight.copy_(r.weight())
+            block.grids[name] = r.grid()
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,12 @@ class Rounding:
         shares = (torch.ones_like(low), torch.ones_like(low))
         return cls(spec, weight, groups, low, high, torch.zeros_like(groups), *shares, kept)
 
+    def grid(self) -> QParams:
+        return qparams_of_range(self.low * self.lower, self.high * self.upper, self.spec)
+
     def weight(self) -> Tensor:
         """The weight on its grid, `(out, in)`, save what is kept; differentiable, straight through rounding."""
-        scale, zero = qparams_of_range(self.low * self.lower, self.high * self.upper, self.spec)
+        scale, zero = self.grid()
         rounded = round_to_grid(self.groups + scale * self.offset, scale, zero, self.spec)
         rounded = rounded.reshape(self.original.shape).to(self.original.dtype)
         return rounded if self.kept is None else torch.where(self.kept, self.original, rounded)

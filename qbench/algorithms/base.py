@@ -15,6 +15,9 @@ from qbench.quant.scheme import Scheme
 Kind = Literal["transform", "select", "allocate", "clip", "round", "tune"]
 # What a clip decides of a grid: its scales, real zero-points, or scales that are integers times the row's.
 Choice = Literal["scales", "zeros", "multiples"]
+_MIXES: dict[Kind, str] = {
+    "select": "channels that stay in floating point", "allocate": "groups of several widths",
+}  # fmt: skip
 ORDER: tuple[Kind, ...] = ("transform", "select", "allocate", "clip", "round", "tune")
 
 
@@ -29,7 +32,7 @@ class Algorithm(ABC):
     * A **selection** marks what stays in floating point, in `block.kept`.
     * An **allocation** chooses how many bits each group of a layer has, in `block.group_bits`.
     * A **clip** chooses grids, in `block.grids`, narrower than those that hold every weight.
-    * A **rounder** leaves every weight of the block on its grid, save what is kept.
+    * A **rounder** leaves every weight of the block on its grid, save what is kept, and that grid in `block.grids`.
     * A **tuning** step trains what is not quantized (norms, adapters) to make up for the rounding.
 
     `tests/test_laws.py` checks these promises for every algorithm in the package.
@@ -96,6 +99,16 @@ class Algorithm(ABC):
                 f"{type(self).__name__} works on weights",
                 f"the scheme {scheme} leaves them in floating point; set wbits, or use algo=rtn",
             )
+
+    @property
+    def beside(self) -> str:
+        """What a model needs at inference beside its weights, in words; empty for nothing."""
+        return ""
+
+    @property
+    def mixes(self) -> str:
+        """In what a layer's weight is more than codes of one grid, in words; empty for nothing."""
+        return _MIXES.get(self.kind, "") if self.on_grid else "weights that lie on a grid in another basis"
 
     def identity(self) -> dict[str, Any]:
         """Name, revision and every hyperparameter, defaults included."""
@@ -170,6 +183,14 @@ class Pipeline(Algorithm):
     @property
     def resumable(self) -> bool:  # type: ignore[override]
         return all(step.resumable for step in self)
+
+    @property
+    def beside(self) -> str:
+        return ", ".join(step.beside for step in self if step.beside)
+
+    @property
+    def mixes(self) -> str:
+        return ", ".join(step.mixes for step in self if step.mixes)
 
     def check(self, scheme: Scheme) -> None:
         for step in self:

@@ -6,7 +6,7 @@ Transformers", ICLR 2023, arXiv:2210.17323, Algorithm 1.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,11 +87,22 @@ class GPTQ(Algorithm):
                 # Layers with one input have one Hessian: they are rounded as one tall weight.
                 weights = [block.linear(name).weight for name in names]
                 tall, bits = torch.cat(weights).to(gram), block.group_bits.get(names[0])
-                rounded = self.round(tall, gram, spec, block.chosen_grid(names), block.kept_mask(names), bits)
-                for weight, part in zip(weights, rounded.split([len(w) for w in weights]), strict=True):
+                rounded, grid = self.solve(
+                    tall, gram, spec, block.chosen_grid(names), block.kept_mask(names), bits
+                )
+                sizes = [len(w) for w in weights]
+                for weight, part in zip(weights, rounded.split(sizes), strict=True):
                     weight.copy_(part)
+                for name, scale, zero in zip(
+                    names, grid.scale.split(sizes), grid.zero.split(sizes), strict=True
+                ):
+                    block.grids[name] = QParams(scale, zero)
 
-    def round(
+    def round(self, w: Tensor, gram: Tensor, spec: QuantSpec, *more: Any, **named: Any) -> Tensor:
+        """As `solve`, the weight alone."""
+        return self.solve(w, gram, spec, *more, **named)[0]
+
+    def solve(
         self,
         w: Tensor,
         gram: Tensor,
@@ -100,8 +111,8 @@ class GPTQ(Algorithm):
         kept: Tensor | None = None,
         group_bits: Tensor | None = None,
         choose: Choose = minmax,
-    ) -> Tensor:
-        """Round `w`, `(out, in)`, given the Gram matrix of its input, `(in, in)`.
+    ) -> tuple[Tensor, QParams]:
+        """Round `w`, `(out, in)`, given the Gram matrix of its input, `(in, in)`; with the grid, `(out, n_groups, 1)` each.
 
         Args:
             grid: Fixed in advance by a clipping step, `(out, n_groups, 1)` each.
@@ -163,4 +174,4 @@ class GPTQ(Algorithm):
                 wt[j:stop].addr_(rows[j - start, j:stop], errors[j - start], alpha=-1)
                 wt[j] = q
             wt[stop:].addmm_(rows[:, stop:].T, errors, alpha=-1)
-        return wt[torch.argsort(order)].T
+        return wt[torch.argsort(order)].T, QParams(scale.T[..., None], zero.T[..., None])

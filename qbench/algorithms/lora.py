@@ -53,6 +53,10 @@ class LoRA(Algorithm):
                 f"LoRA has r={self.r}, epochs={self.epochs} and batch_size={self.batch_size}; all must be at least 1"
             )
 
+    @property
+    def beside(self) -> str:
+        return "adapters beside the layers"
+
     def check(self, scheme: Scheme) -> None:
         self._check_weights(scheme)
 

@@ -44,6 +44,10 @@ class QuaRot(Algorithm):
         if self.rotation not in ("hadamard", "orthogonal"):
             raise ValueError(f"QuaRot's rotation is {self.rotation!r}, it must be 'hadamard' or 'orthogonal'")
 
+    @property
+    def beside(self) -> str:
+        return "Hadamard matrices that inputs are multiplied by" if self.online else ""
+
     def check_model(self, skeleton: Any) -> None:
         check_rotatable(skeleton)
 

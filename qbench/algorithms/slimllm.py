@@ -80,7 +80,10 @@ class SQC(Algorithm):
                     block.group_bits.get(name),
                     block.kept_mask((name,)),
                 )
-                weight.copy_(gptq.round(weight.to(gram), gram, spec, None, kept, bits, self.grid))
+                rounded, block.grids[name] = gptq.solve(
+                    weight.to(gram), gram, spec, None, kept, bits, self.grid
+                )
+                weight.copy_(rounded)
 
     def grid(self, w: Tensor, spread: Tensor, spec: QuantSpec) -> QParams:
         """The best grid of each row of one group, `w`, `(out, group_size)`; `spread` are the columns' `U_jj`."""

@@ -63,6 +63,10 @@ class SpinQuant(Algorithm):
                 f"with {scheme} nothing is quantized while it learns; set abits or kvbits, or quantize_weights=true",
             )
 
+    @property
+    def beside(self) -> str:
+        return "Hadamard matrices that inputs are multiplied by" if self.online else ""
+
     def check_model(self, skeleton: Any) -> None:
         check_rotatable(skeleton)
 

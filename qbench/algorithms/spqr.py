@@ -59,6 +59,10 @@ class SpQR(Algorithm):
                 f"{self.block_size}; they must be positive"
             )
 
+    @property
+    def mixes(self) -> str:
+        return "single weights that stay in floating point"
+
     def check(self, scheme: Scheme) -> None:
         self._check_weights(scheme)
         for spec in scheme.weights:
@@ -80,7 +84,7 @@ class SpQR(Algorithm):
                 weight = block.linear(name).weight
                 # Channels that are never active: any weight serves, zero is on the grid.
                 w = weight.to(gram).masked_fill(gram.diagonal() == 0, 0.0)
-                rounded, block.kept[name] = self.round(w, order, factor, spec)
+                rounded, block.kept[name], block.grids[name] = self.round(w, order, factor, spec)
                 weight.copy_(rounded)
                 block.report.setdefault("kept_weights", {})[name] = int(block.kept[name].sum())
 
@@ -92,8 +96,13 @@ class SpQR(Algorithm):
             order = torch.argsort(diagonal, descending=True, stable=True)
         return order, inverse_factor(gram, order, self.damp)
 
-    def round(self, w: Tensor, order: Tensor, factor: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """Round `w`, `(out, in)`; returns it with a mask of what is kept. `order` and `factor` as from `factor`."""
+    def round(
+        self, w: Tensor, order: Tensor, factor: Tensor, spec: QuantSpec
+    ) -> tuple[Tensor, Tensor, QParams]:
+        """Round `w`, `(out, in)`; returns it with a mask of what is kept, and the grid of the rest.
+
+        `order` and `factor` are as from `factor`.
+        """
         n, back = w.shape[1], torch.argsort(order)
         importance = factor.diagonal().to(w).square().reciprocal()[back]
         threshold = self.relative_threshold * (w.var(0) * importance).mean()
@@ -116,7 +125,7 @@ class SpQR(Algorithm):
                 wt[j:stop].addr_(rows[j - start, j:stop], errors[j - start], alpha=-1)
                 wt[j] = q
             wt[stop:].addmm_(rows[:, stop:].T, errors, alpha=-1)
-        return wt[back].T, kept[back].T
+        return wt[back].T, kept[back].T, grid
 
     def grids(self, w: Tensor, importance: Tensor, threshold: Tensor, spec: QuantSpec) -> QParams:
         """Each group's grid, of the range of what is no likely outlier; `importance` is `(in,)`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from qbench.algorithms.base import Algorithm, Kind
 from qbench.algorithms.learn import adam, falling, fit
 from qbench.calib.block import Block
-from qbench.quant.grid import choose_qparams, fake_quantize, wide
+from qbench.quant.grid import QParams, choose_qparams, fake_quantize, wide
 from qbench.quant.scheme import Scheme
 
 
@@ -60,22 +60,23 @@ class LKD(Algorithm):
         assert block.float_outputs is not None
 
         def weights() -> dict[str, Tensor]:
-            return {f"{name}.weight": _rounded(block, name, w) for name, w in trained.items()}
+            return {f"{name}.weight": _rounded(block, name, w)[0] for name, w in trained.items()}
 
         fit(
             block, "lkd", weights, adam(([*trained.values()], self.lr)),
             inputs=block.float_inputs, targets=block.float_outputs,
             steps=self.steps, batch_size=self.batch_size, seed=self.seed, schedule=falling(self.steps),
         )  # fmt: skip
-        for name, w in weights().items():
-            block.layer.get_parameter(name).copy_(w)
+        for name, w in trained.items():
+            rounded, block.grids[name] = _rounded(block, name, w)
+            block.linear(name).weight.copy_(rounded)
 
 
-def _rounded(block: Block, name: str, w: Tensor) -> Tensor:
-    """`w` on the grid of a layer, in the layer's dtype; what is kept is the layer's own."""
+def _rounded(block: Block, name: str, w: Tensor) -> tuple[Tensor, QParams]:
+    """`w` on the grid of a layer, in the layer's dtype, and that grid; what is kept is the layer's own."""
     spec, kept, own = block.weight_spec(name), block.kept.get(name), block.linear(name).weight
     assert spec is not None
     w = w if kept is None else w.masked_fill(kept, 0.0)
     grid = block.grids.get(name) or choose_qparams(w.detach(), spec)
     rounded = fake_quantize(w, spec, grid).to(own.dtype)
-    return rounded if kept is None else torch.where(kept, own, rounded)
+    return (rounded if kept is None else torch.where(kept, own, rounded)), grid

@@ -14,7 +14,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from qbench.cli import reports
+from qbench.cli import reports, roofline
+from qbench.cli.bench import bench
+from qbench.cli.export import export
 from qbench.cli.models import models
 from qbench.errors import UsageError
 from qbench.sweep.composed import config_of
@@ -196,6 +198,6 @@ def _worker(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    **reports.COMMANDS, "sync": _sync, "status": _status, "retry": _retry, "sensitivity": _sensitivity,
-    "worker": _worker, "data": _data, "recommend": _recommend, "models": models,
+    **reports.COMMANDS, **roofline.COMMANDS, "sync": _sync, "status": _status, "retry": _retry, "sensitivity": _sensitivity,
+    "worker": _worker, "data": _data, "recommend": _recommend, "models": models, "bench": bench, "export": export,
 }  # fmt: skip

@@ -7,20 +7,19 @@ What is assumed beyond the sizes of the model:
   latent itself, and `kv_b_proj` stands for the two products that this takes: as many weights and operations.
 * Tokens choose experts independently, and all experts are equally liked: `count * (1 - (1 - active / count) ** rows)`
   of them are read. Likes that differ read fewer.
-* Routers are of 16 bits. What chooses experts, and weights of norms, biases and convolutions, cost nothing.
-* The scan of Mamba keeps its state on chip while it reads tokens; a state is of 16 bits. Its discretization, its
+* Routers are in floating point. What chooses experts, and weights of norms, biases and convolutions, cost nothing.
+* The scan of Mamba keeps its state on chip while it reads tokens; a state is in floating point. Its discretization, its
   step and its output are 8 operations for each element of the state.
+* Where the last tokens of the cache are in floating point, its bytes are those of the mean width, read and written.
+* Scales of activations cost nothing.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qbench.deploy.operators import Operator, Pass
+from qbench.deploy.operators import Layer, Operator, Pass
 from qbench.models.sizes import Attention, Block, Linear, Recurrence, Shape
-from qbench.quant.storage import FLOAT_BITS
-
-_FLOAT = FLOAT_BITS / 8
 
 
 def of_block(run: Pass, shape: Shape, block: Block, on_chip: float | None) -> Iterator[Operator]:
@@ -34,7 +33,7 @@ def of_block(run: Pass, shape: Shape, block: Block, on_chip: float | None) -> It
     """
     count = len(block.at)
     for label, linear in zip(block.labels, block.linears, strict=True):
-        yield _linear(run, label, linear, count)
+        yield _linear(run, label, linear, block.at[0], count)
     if block.attention is not None:
         yield from _attention(run, block, block.attention, on_chip)
     if block.recurrence is not None:
@@ -45,18 +44,25 @@ def of_block(run: Pass, shape: Shape, block: Block, on_chip: float | None) -> It
 def head(run: Pass, shape: Shape) -> Operator:
     bits, a = run.bits, run.bits.activation / 8
     moved = (shape.n_embedding * bits.head / 8, shape.embedding * run.rows * a, shape.vocab * run.rows * a)
-    integer = run.integer(bits.head, bits.activation)
-    return Operator("lm_head", 2 * shape.n_embedding * run.rows, *moved, integer=integer)
+    unit = bits.unit(bits.head, bits.activation)
+    return Operator("lm_head", 2 * shape.n_embedding * run.rows, *moved, unit=unit)
 
 
-def _linear(run: Pass, label: str, linear: Linear, count: int) -> Operator:
-    bits, rows, n = run.bits, run.rows * linear.active, linear.inputs * linear.outputs
-    router = linear.role == "router"
-    a, w = bits.activation / 8, (FLOAT_BITS if router else bits.weight) / 8
-    integer = not router and run.integer(bits.weight if bits.code is None else bits.code, bits.activation)
-    written, kv_written = (linear.outputs - linear.cached) * rows * a, linear.cached * rows * bits.kv / 8
-    moved = (n * w * _read(linear, run.rows), linear.inputs * rows * a, written, 0.0, kv_written)
-    return Operator(label, 2 * n * rows, *moved, integer, count)
+def _linear(run: Pass, label: str, linear: Linear, block: int, count: int) -> Operator:
+    rows, n, floating = run.rows * linear.active, linear.inputs * linear.outputs, run.bits.floating
+    layer = run.bits.layer(block, linear.name)
+    if linear.role == "router":
+        layer = Layer(floating, layer.activation, run.bits.unit(floating))
+    read, a = layer.activation / 8, run.bits.activation / 8
+    written, kv_written = (linear.outputs - linear.cached) * rows * a, linear.cached * rows * run.kv
+    moved = (
+        n * layer.weight / 8 * _read(linear, run.rows),
+        linear.inputs * rows * read,
+        written,
+        0.0,
+        kv_written,
+    )
+    return Operator(label, 2 * n * rows, *moved, layer.unit, count)
 
 
 def _read(linear: Linear, rows: int) -> float:
@@ -84,7 +90,7 @@ class _Seen:
 
 def _seen(run: Pass, attention: Attention, back: int) -> _Seen:
     n, key, value = attention.n_heads, attention.key_dim, attention.value_dim
-    k, tokens = run.bits.kv / 8, run.batch * back
+    k, tokens = run.kv, run.batch * back
     if attention.latent is None:
         kv = attention.n_kv_heads
         return _Seen(n, key, value, tokens * kv * key * k, tokens * kv * value * k)
@@ -96,7 +102,7 @@ def _seen(run: Pass, attention: Attention, back: int) -> _Seen:
 
 
 def _attention(run: Pass, block: Block, attention: Attention, on_chip: float | None) -> Iterator[Operator]:
-    a, k, count = run.bits.activation / 8, run.bits.kv / 8, len(block.at)
+    a, k, count = run.bits.activation / 8, run.kv, len(block.at)
     written = attention.kept - sum(linear.cached for linear in block.linears)
     if written:  # by an operator of its own, where no linear layer is known to write it
         moved = written * run.rows
@@ -105,15 +111,16 @@ def _attention(run: Pass, block: Block, attention: Attention, on_chip: float | N
     seen = _seen(run, attention, back)
     scores = run.batch * seen.n_heads * run.tokens * back
     queries, outputs = (run.rows * seen.n_heads * width for width in (seen.key_dim, seen.value_dim))
-    narrow = run.integer(run.bits.activation, run.bits.kv if seen.kept else run.bits.activation)
+    kv_code = run.bits.kv if run.bits.kv_code is None else run.bits.kv_code
+    unit = run.bits.unit(run.bits.activation, kv_code if seen.kept else run.bits.activation)
     first, second = 2 * scores * seen.key_dim, 2 * scores * seen.value_dim
     if on_chip is None:
         keys, values = ((0.0, x) if seen.kept else (x, 0.0) for x in (seen.keys, seen.values))
         moved_first = (0.0, queries * a + keys[0], scores * a, keys[1], 0.0)
-        yield Operator("qk_matmul", first, *moved_first, narrow, count)
-        yield Operator("softmax", 5 * scores, 0.0, scores * a, scores * a, count=count)
+        yield Operator("qk_matmul", first, *moved_first, unit, count)
+        yield Operator("softmax", 5 * scores, 0.0, scores * a, scores * a, unit=run.elementwise, count=count)
         moved_second = (0.0, scores * a + values[0], outputs * a, values[1], 0.0)
-        yield Operator("pv_matmul", second, *moved_second, narrow, count)
+        yield Operator("pv_matmul", second, *moved_second, unit, count)
         return
     # Scores never leave the chip; keys and values are read once for each block of queries (FlashAttention-2).
     d, byte = seen.key_dim, k if seen.kept else a
@@ -121,7 +128,7 @@ def _attention(run: Pass, block: Block, attention: Attention, on_chip: float | N
     cache = times * (seen.keys + (0.0 if seen.shared else seen.values))
     read, kept = (queries * a, cache) if seen.kept else (queries * a + cache, 0.0)
     yield Operator(
-        "fused_attention", first + 5 * scores + second, 0.0, read, outputs * a, kept, 0.0, narrow, count
+        "fused_attention", first + 5 * scores + second, 0.0, read, outputs * a, kept, 0.0, unit, count
     )
 
 
@@ -132,34 +139,38 @@ def _scan(run: Pass, recurrence: Recurrence, count: int) -> Iterator[Operator]:
             f"the operators of {recurrence.kind}, whose state is {recurrence.state}, are not described, so there is no "
             "roofline of this model; add them to qbench/deploy/forward.py"
         )
-    a, rows = run.bits.activation / 8, run.rows
+    a, rows, floating, unit = run.bits.activation / 8, run.rows, run.bits.floating / 8, run.elementwise
     channels, width = recurrence.conv
-    before = run.batch * _FLOAT if run.phase == "decode" else 0.0  # a prefill starts from nothing
+    before = run.batch * floating if run.phase == "decode" else 0.0  # a prefill starts from nothing
     window, state = channels * width, math.prod(recurrence.state)
-    moved = (0.0, channels * rows * a + window * before, channels * rows * a + window * run.batch * _FLOAT)
-    yield Operator("conv1d", 2 * window * rows, *moved, count=count)
+    moved = (0.0, channels * rows * a + window * before, channels * rows * a + window * run.batch * floating)
+    yield Operator("conv1d", 2 * window * rows, *moved, unit=unit, count=count)
     # The first version's inputs and outputs of the state pass by the convolution, the second's go through it.
     beside = 2 * recurrence.state[-1] if len(recurrence.state) == 2 else 0
     read = channels + beside + recurrence.state[0] + recurrence.inner  # with the step, and the gate
-    moved = (0.0, read * rows * a + state * before, recurrence.inner * rows * a + state * run.batch * _FLOAT)
-    yield Operator("scan", 8 * state * rows, *moved, count=count)
+    moved = (
+        0.0,
+        read * rows * a + state * before,
+        recurrence.inner * rows * a + state * run.batch * floating,
+    )
+    yield Operator("scan", 8 * state * rows, *moved, unit=unit, count=count)
 
 
 def _elementwise(run: Pass, shape: Shape, block: Block) -> Iterator[Operator]:
     """Computed in floating point whatever the width of what is read; memory is what takes the time."""
-    a, count, rows = run.bits.activation / 8, len(block.at), run.rows
+    a, count, rows, unit = run.bits.activation / 8, len(block.at), run.rows, run.elementwise
     for index, width in enumerate(block.norms):
         n = rows * width
-        yield Operator(f"norm_{index}", 7 * n, 0.0, n * a, n * a, count=count)
+        yield Operator(f"norm_{index}", 7 * n, 0.0, n * a, n * a, unit=unit, count=count)
     hidden, activations = rows * shape.hidden, block.activations
     halves = {"attn": block.attention, "recurrence": block.recurrence, "mlp": activations}
     for at in (name for name, half in halves.items() if half):
-        yield Operator(f"{at}_add", hidden, 0.0, hidden * a, hidden * a, count=count)
+        yield Operator(f"{at}_add", hidden, 0.0, hidden * a, hidden * a, unit=unit, count=count)
     for index, (read, written, active) in enumerate(activations):
         name = "mlp_act" if index == 0 else f"mlp_act_{index}"
         n = rows * active
-        yield Operator(name, n * read, 0.0, n * read * a, n * written * a, count=count)
+        yield Operator(name, n * read, 0.0, n * read * a, n * written * a, unit=unit, count=count)
     active = max((linear.active for linear in block.linears if linear.role == "expert"), default=0)
     if active:
         n = active * hidden
-        yield Operator("experts_sum", 2 * n, 0.0, n * a, hidden * a, count=count)
+        yield Operator("experts_sum", 2 * n, 0.0, n * a, hidden * a, unit=unit, count=count)

@@ -15,16 +15,24 @@ from typing import Any
 from qbench.deploy.devices import Device
 from qbench.deploy.forward import head, of_block
 from qbench.deploy.operators import Bits, Bound, Operator, Pass, Phase
+from qbench.deploy.widths import narrow_unit
 from qbench.models.sizes import Shape
-from qbench.quant.storage import FLOAT_BITS
 
 __all__ = ["Bits", "Latency", "Memory", "Operator", "Phase", "bits_of", "latency", "memory", "operators"]
 
 
 def bits_of(record: Mapping[str, Any]) -> Bits:
-    """The widths that a done record states; the scales of its cache are not among them."""
-    stored, labels = record["metrics"]["bits_per_linear_weight"], record["labels"]
-    return Bits(stored, labels["abits"], labels["kvbits"], code=labels["wbits"])
+    """The widths that a done record states; the scales of its cache are not among them.
+
+    Records of before there were formats have integers only.
+    """
+    stored, labels, config = (
+        record["metrics"]["bits_per_linear_weight"],
+        record["labels"],
+        record.get("config", {}),
+    )
+    narrow = narrow_unit(config.get("weight_format", "int"), config.get("act_format", "int"))
+    return Bits(stored, labels["abits"], labels["kvbits"], code=labels["wbits"], narrow=narrow)
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class Memory:
     """What a device must hold, in bytes.
 
     Attributes:
-        weights: Of blocks, embeddings and head; norms, biases, positions and routers in 16 bits.
-        kv: Of keys and values of the context, as far back as each block looks, and of recurrent states in 16 bits.
+        weights: Of blocks, embeddings and head; norms, biases, positions and routers in floating point.
+        kv: Of keys and values of the context, as far back as each block looks, and of recurrent states in floating point.
         activations: All that the block that writes most and the head write in a pass. More than is needed at any one time.
     """
 
@@ -83,16 +91,16 @@ def latency(
 def memory(shape: Shape, bits: Bits, batch: int, context: int, phase: Phase = "decode") -> Memory:
     """What `batch` sequences of `context` tokens need; attention is not fused."""
     run = Pass(bits, batch, context, phase)
-    weights = shape.n_linear * bits.weight + shape.n_embedding * bits.head + shape.n_other * FLOAT_BITS
+    weights = shape.n_linear * bits.weight + shape.n_embedding * bits.head + shape.n_other * bits.floating
     if not shape.tied:
-        weights += shape.n_embedding * FLOAT_BITS
-    kept, states = 0, 0
+        weights += shape.n_embedding * bits.floating
+    kv = 0.0
     for block in shape.blocks:
         if block.attention is not None:
-            kept += len(block.at) * block.attention.kept * batch * block.attention.looks_back(context)
+            back = block.attention.looks_back(context)
+            kv += len(block.at) * block.attention.kept * batch * back * bits.cached(back)
         if block.recurrence is not None:
-            states += len(block.at) * block.recurrence.kept * batch
-    kv = kept * bits.kv + states * FLOAT_BITS
+            kv += len(block.at) * block.recurrence.kept * batch * bits.floating
     activations = max(
         sum(op.written_bytes for op in (*of_block(run, shape, block, None), head(run, shape)))
         for block in shape.blocks

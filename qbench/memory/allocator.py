@@ -36,3 +36,9 @@ def _set(thresholds: tuple[int, int]) -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for name, value in zip((_TRIM_THRESHOLD, _MMAP_THRESHOLD), thresholds, strict=True):
             mallopt(name, value)
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system now: glibc keeps what was in small pieces."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

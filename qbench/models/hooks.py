@@ -1,7 +1,8 @@
 """Fake quantization of what enters linear layers; keys and values are in `qbench.models.attention`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +28,40 @@ def quantize_input(
     """
     if kept is not None:
         _check_kept(linear, spec, kept)
+    return linear.register_forward_pre_hook(_QuantizedInput(spec, qparams, kept))
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+
+@dataclass(frozen=True)
+class _QuantizedInput:
+    """The hook that fake-quantizes a layer's input."""
+
+    spec: QuantSpec
+    qparams: QParams | None
+    kept: Tensor | None
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        grid = None if qparams is None else on_device(qparams, x.device)
-        if kept is None:
-            return (fake_quantize(x, spec, grid), *args[1:])
-        mask = kept.to(x.device)
+        grid = None if self.qparams is None else on_device(self.qparams, x.device)
+        if self.kept is None:
+            return (fake_quantize(x, self.spec, grid), *args[1:])
+        mask = self.kept.to(x.device)
         # Zero lies in every range, so that a channel of zeros does not widen one.
-        return (torch.where(mask, x, fake_quantize(x.masked_fill(mask, 0), spec, grid)), *args[1:])
+        return (torch.where(mask, x, fake_quantize(x.masked_fill(mask, 0), self.spec, grid)), *args[1:])
 
-    return linear.register_forward_pre_hook(hook)
+
+def requantize_inputs(model: nn.Module, as_read: Callable[[QuantSpec], QuantSpec | None]) -> None:
+    """From now on, quantize what enters a model's layers on the grids that `as_read` makes of those that it has.
+
+    Where that is `None`, the input is left in floating point.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if not isinstance(hook, _QuantizedInput):
+                continue
+            if (spec := as_read(hook.spec)) is None:
+                del module._forward_pre_hooks[key]
+            else:
+                module._forward_pre_hooks[key] = replace(hook, spec=spec)
 
 
 @contextmanager

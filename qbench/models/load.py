@@ -21,6 +21,7 @@ from qbench.models.checkpoint import Checkpoint, checkpoint_info, lacking, open_
 from qbench.models.disk import open_model
 from qbench.models.experts import unpack
 from qbench.models.family import family_of
+from qbench.models.manifest import verify_if_listed
 from qbench.models.outliers import norm_links, plant_outliers
 from qbench.models.snapshot import snapshot
 from qbench.zoo import WEIGHTS
@@ -170,6 +171,7 @@ class ModelRef:
         folder = self.folder or snapshot(
             self.id, self.revision, local_files_only=self._source["local_files_only"]
         )
+        verify_if_listed(folder)
         self._check_depth(open_checkpoint(folder), shell)
         model = open_model(
             shell.config,
@@ -213,6 +215,7 @@ class ModelRef:
         from transformers import AutoModelForCausalLM
 
         if self.folder is not None:
+            verify_if_listed(self.folder)
             self._check_depth(open_checkpoint(self.folder), self._shell)
         model, found = AutoModelForCausalLM.from_pretrained(
             **self._source,

@@ -100,9 +100,11 @@ class Scheme:
         act_granularity: Literal["token", "group", "tensor"] = "token",
         act_group_size: int | None = None,
         act_range: RangeChoice = "minmax",
+        act_symmetric_mode: SymmetricMode = "full",
         kv_layout: Layout = "token",
         kv_group_size: int | None = None,
         kv_symmetric: bool = False,
+        kv_format: str = "int",
         kv_residual: int | None = None,
         kv_rotate: bool = False,
         quant_bmm: bool = False,
@@ -132,10 +134,10 @@ class Scheme:
             )  # fmt: skip
         if abits != 16:
             activation = _activation(
-                abits, act_format, act_symmetric, act_granularity, act_group_size, act_range
+                abits, act_format, act_symmetric, act_granularity, act_group_size, act_range, act_symmetric_mode
             )
         if kvbits != 16:
-            kv = _kv(kvbits, kv_layout, kv_group_size, kv_symmetric, kv_residual, kv_rotate)
+            kv = _kv(kvbits, kv_format, kv_layout, kv_group_size, kv_symmetric, kv_residual, kv_rotate)
         if quant_bmm and (activation is None or not activation.dynamic):
             raise Unsuitable(
                 "quant_bmm needs dynamic activation bits", "set abits, and act_granularity=token"
@@ -279,7 +281,13 @@ def _spec(
 
 
 def _activation(
-    bits: int, name: str, symmetric: bool, granularity: str, size: int | None, range_: RangeChoice
+    bits: int,
+    name: str,
+    symmetric: bool,
+    granularity: str,
+    size: int | None,
+    range_: RangeChoice,
+    mode: SymmetricMode,
 ) -> QuantSpec:
     shared: Granularity = {"token": "row", "group": "group", "tensor": "tensor"}[granularity]  # type: ignore[assignment]
     static = granularity == "tensor"
@@ -289,7 +297,7 @@ def _activation(
         )
     if range_ != "minmax" and not static:
         raise Unsuitable(f"act_range={range_} is for static ranges", "set act_granularity=tensor")
-    more: dict[str, Any] = {"dynamic": not static, "range": range_}
+    more: dict[str, Any] = {"dynamic": not static, "range": range_, "symmetric_mode": mode if symmetric else "full"}
     if name in BLOCK_FORMATS and static:
         raise Unsuitable(f"{name} activations have one scale a group", "set act_granularity=token")
     return _spec(
@@ -298,10 +306,12 @@ def _activation(
 
 
 def _kv(
-    bits: int, layout: Layout, size: int | None, symmetric: bool, residual: int | None, rotate: bool
+    bits: int, name: str, layout: Layout, size: int | None, symmetric: bool, residual: int | None, rotate: bool
 ) -> KVSpec:
+    if name in BLOCK_FORMATS:
+        raise Unsuitable(f"keys and values have no groups of {name}", "set kv_format=e4m3 or int")
     if layout == "kivi":  # arXiv:2402.02750: groups of 32, the last 128 tokens in full precision
-        spec = QuantSpec(bits, symmetric, "group", size or 32)
+        spec = _spec(bits, name, symmetric, "group", size or 32)
         return KVSpec(
             spec, spec, key_by_channel=True, residual=128 if residual is None else residual, rotate=rotate
         )
@@ -310,9 +320,9 @@ def _kv(
             raise Unsuitable(
                 "a static KV range has neither groups nor a residual window", "set kv_layout=token"
             )
-        spec = QuantSpec(bits, symmetric, "tensor", dynamic=False)
+        spec = _spec(bits, name, symmetric, "tensor", None, dynamic=False)
     else:
-        spec = QuantSpec(bits, symmetric, "group" if size else "row", size)
+        spec = _spec(bits, name, symmetric, "group" if size else "row", size)
     return KVSpec(spec, spec, residual=residual or 0, rotate=rotate)
 
 

@@ -114,15 +114,19 @@ class QuantSpec:
         second = self.scale_bits < 16 or (self.scale_format == "e4m3" and not self.outer_row)
         return second or self.granularity in ("tensor", "block")
 
-    def bits_per_element(self, rows: int, columns: int) -> float:
-        """Stored bits per element of a `(rows, columns)` tensor: codes, scales and zero-points, second scales too."""
+    def n_scales(self, rows: int, columns: int) -> int:
+        """How many scales a `(rows, columns)` tensor has, second ones not counted."""
         size = self.group_size or 1
-        groups = {
+        return {
             "tensor": 1,
             "row": rows,
             "group": rows * columns // size,
             "block": -(-rows // size) * -(-columns // size),
         }[self.granularity]
+
+    def bits_per_element(self, rows: int, columns: int) -> float:
+        """Stored bits per element of a `(rows, columns)` tensor: codes, scales and zero-points, second scales too."""
+        groups = self.n_scales(rows, columns)
         scale = float(SCALE_BITS[self.scale_format])
         real = self.real_zero or self.bits == 1
         zero = 0.0 if self.symmetric else float(ZERO_BITS if real else self.bits)

@@ -33,7 +33,10 @@ _NAMED = 12  # models, schemes, ... that the head of the page lists
 _ABOUT = {
     "claim": "Papers' claims in our words, held against these records: what is so here need not be so elsewhere."
 }
-_COSTS = ("bits_per_weight", "model_mb", "calib_time_s", "eval_time_s", "peak_mem_calib_mb")
+_COSTS = (
+    "bits_per_weight", "model_mb", "calib_time_s", "eval_time_s", "peak_mem_calib_mb", "decode_tokens_per_s@*",
+    "prefill_tokens_per_s@*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ OVERVIEW = Chapter(
         ),
         "front-speed": FigureSpec(
             "Perplexity against decoding", "pareto", x="decode_ms@h100", metrics=("ppl/*",)
+        ),
+        "front-measured": FigureSpec(
+            "Perplexity against measured decoding", "pareto", x="decode_ms@measured", metrics=("ppl/*",)
         ),
         "curves": FigureSpec("Perplexity by bits", "curves", metrics=("ppl/*",)),
         "calibration": FigureSpec("Calibration sets by evaluation texts", "matrix"),

@@ -16,7 +16,8 @@ _BINARY = (
     "acc", "exact_match", "em", "pass@", "agreement", "flips", "right_to_wrong", "wrong_to_right", "pct_stereotype",
     "contains", "truncated", "unjudged",
 )  # fmt: skip
-_RATES = ("per_s", "per_second", "throughput")  # of costs, the ones of which more is better
+# Of costs, the ones of which more is better.
+_RATES = ("per_s", "per_second", "throughput", "speedup", "roofline_share")
 
 
 def base(metric: str) -> str:
@@ -29,10 +30,15 @@ def is_cost(metric: str) -> bool:
     return "/" not in base(metric)
 
 
+def is_measured_rate(metric: str) -> bool:
+    """Whether it is a rate at which a recipe ran on a machine: the most telling of what `qbench bench` measures."""
+    return metric.startswith(("decode_tokens_per_s@", "prefill_tokens_per_s@"))
+
+
 def lower_is_better(metric: str) -> bool:
     """Losses, damage and costs; accuracies and other scores of tasks are better when higher."""
     if is_cost(metric):
-        return not base(metric).endswith(_RATES)
+        return not base(metric).partition("@")[0].endswith(_RATES)  # behind it: where it was measured
     return _family(metric) in _LOWER
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from qbench.report.cells import Cells, Result
-from qbench.report.metrics import base, is_cost, kind, lower_is_better, shown_effect
+from qbench.report.metrics import base, is_cost, is_measured_rate, kind, lower_is_better, shown_effect
 from qbench.report.sides import LABELS, Side
 from qbench.report.significance import SURE, Difference, differences, holm
 from qbench.track.records import Record
@@ -106,6 +106,8 @@ def measured(a: Side, b: Side, source: Source) -> Measured:
     alone: tuple[list[str], list[str]] = ([], [])
     ways: dict[str, list[str]] = {}
     for metric in cells.metrics:
+        if "@" in base(metric) and not is_measured_rate(metric):  # of speed, rates say it all
+            continue
         ways.setdefault(base(metric), []).append(metric)
     for name, metrics in ways.items():
         of = [{m: r for m in metrics if (r := cells.result(side.recipe, m)) is not None} for side in (a, b)]

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qbench.report.metrics import is_measured_rate
+
 COSTS = {
     "calib_time_s": "calib s",
     "eval_time_s": "eval s",
@@ -79,6 +81,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     table = {key: jobs[key].tolist() for key in _index(frame)} | {"bits": column("bits_per_weight")}
     table |= {name: column(name) for name in quality}
     table |= {title: column(name) for name, title in COSTS.items() if name in of}
+    table |= {name: column(name) for name in sorted(map(str, of)) if is_measured_rate(name)}
     for i, (status, reason) in enumerate(zip(jobs["status"], jobs["reason"], strict=True)):
         if status == "failed":
             table.setdefault(next(iter(quality), "result"), [""] * len(jobs))[i] = f"failed: {reason}"
@@ -156,7 +159,7 @@ def show(frame: pd.DataFrame, console: Console) -> None:
     """The summary, a table for each model, without the costs that are for files only; fits 80 columns; then failures."""
     table = summary(frame)
     hidden = [title for title in COSTS.values() if title not in _SHOWN]
-    hidden += [str(column) for column in table if str(column).startswith(_IN_FILES)]
+    hidden += [str(c) for c in table if str(c).startswith(_IN_FILES) or is_measured_rate(str(c))]
     for model, part in table.groupby("model", sort=False) if not table.empty else ():
         print_table(part.drop(columns=["model", *(c for c in hidden if c in part)]), str(model), console)
     show_failures(frame, console)

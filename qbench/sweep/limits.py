@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -13,6 +13,7 @@ from qbench.errors import UsageError
 from qbench.report.recommend.decision import PREFERENCES, Limits, Preference
 from qbench.sweep.shipped import CONF
 
+MEASURED: Literal["measured"] = "measured"  # in the place of a device: what `qbench bench` found
 _UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
@@ -23,7 +24,7 @@ class Constraints:
 
     Attributes:
         max_bits: Stored bits a weight, all of the model; the other limits are in `limits`.
-        hardware: Whose roofline says how long a step takes; `None`: time does not count.
+        hardware: Whose roofline says how long a step takes, or `MEASURED`; `None`: time does not count.
         batch, context: Sequences at once, and tokens that each looks back on while the next is made.
         prefer: What decides among recipes that meet the limits; `None`: as `usual_preference` says.
         search: Whether to run candidates even where records suffice.
@@ -32,7 +33,7 @@ class Constraints:
 
     limits: Limits = field(default_factory=Limits)
     max_bits: float | None = None
-    hardware: Device | None = None
+    hardware: Device | Literal["measured"] | None = None
     batch: int = 1
     context: int = 2048
     prefer: Preference | None = None
@@ -73,6 +74,10 @@ def read(arguments: Sequence[str]) -> Constraints:
     if values.get("hardware") is None and (lost := [key for key in ("batch", "context") if key in values]):
         raise UsageError(
             f"{lost[0]} says how a step is timed, which needs hardware=, for example hardware=h100"
+        )
+    if values.get("hardware") == MEASURED and values.get("search"):
+        raise UsageError(
+            "hardware=measured chooses among recipes that `qbench bench` timed, and search=true runs others; leave one out"
         )
     rest = tuple(a for a in arguments if a.partition("=")[0] not in own)
     return Constraints(limits=limits, **values, arguments=rest)
@@ -140,6 +145,10 @@ def _preference(text: str) -> Preference:
     return text
 
 
+def _hardware(text: str) -> Device | Literal["measured"]:
+    return MEASURED if text == MEASURED else device(text)
+
+
 def _switch(text: str) -> bool:
     if text not in ("true", "false"):
         raise ValueError("there are true and false")
@@ -151,7 +160,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "max_bits": lambda text: _positive(text, "bits a weight, as in 4.5"),
     "max_ppl_increase": _share,
     "max_latency": _seconds,
-    "hardware": device,
+    "hardware": _hardware,
     "batch": _count,
     "context": _count,
     "prefer": _preference,

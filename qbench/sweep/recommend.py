@@ -13,8 +13,9 @@ from qbench.report.recommend.candidates import Latency
 from qbench.report.recommend.decision import Limits
 from qbench.report.recommend.export import write
 from qbench.report.recommend.telling import show
+from qbench.report.speed import Setting, fastest, usual_setting
 from qbench.sweep.composed import config_of
-from qbench.sweep.limits import Constraints, read
+from qbench.sweep.limits import MEASURED, Constraints, read
 from qbench.sweep.named import named
 from qbench.sweep.retype import command_of
 from qbench.sweep.rounds import SURE, Outcome, Search
@@ -22,6 +23,8 @@ from qbench.sweep.sensitivity import output, say
 from qbench.sweep.session import OK, SOME_FAILED
 from qbench.sweep.settings import Jobs, floating_point
 from qbench.track.records import Record, RecordStore
+
+_STEP = "decode_ms"
 
 
 def recommend(arguments: Sequence[str]) -> int:
@@ -36,12 +39,20 @@ def recommend(arguments: Sequence[str]) -> int:
     store = RecordStore(Path(config["results"]))
     try:
         model = Jobs().job(floating_point(config)).model
-        clock = _latency(asked, model)
+        mine = [r for r in store.all() if r["identity"]["model"] == model.identity() and names.holds(r)]
+        timed = _timed(asked, model.name, mine)
+        clock = _latency(asked, model, timed)
     except (ValueError, NotImplementedError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    if timed is not None:
+        mine = [r for r in mine if fastest(r, timed, _STEP) is not None]
     search = Search(asked, config, store, clock)
-    mine = [r for r in store.all() if r["identity"]["model"] == model.identity() and names.holds(r)]
     outcome = None if asked.search or search.began else search.judge(mine, names.texts)
+    if outcome is None and timed is not None:
+        raise UsageError(
+            f"no two of the {len(mine)} recipes that were timed on {timed} can be compared, or floating point is not among "
+            "them; `qbench bench <fingerprint>` times a record's recipe"
+        )
     if outcome is None and not asked.search and asked.max_bits is None and asked.limits == Limits():
         raise UsageError(
             f"nothing is recorded of {model.name} under {store.records}, and no limit is set by which candidates could be "
@@ -51,19 +62,21 @@ def recommend(arguments: Sequence[str]) -> int:
         outcome = search.run()
     if outcome is None:  # only a plan was asked for
         return OK
-    _tell(outcome, asked, store, model.name)
+    _tell(outcome, asked, store, model.name, timed)
     if outcome.settled.decision.share < SURE:
         n = max(text.shape[1] for text in outcome.settled.found.floating.change)
         say(output(), f"surer      the same with search=true eval.max_windows={2 * n}, and seed=0,1,2")
     return OK if outcome.settled.decision.meets else SOME_FAILED
 
 
-def _tell(outcome: Outcome, asked: Constraints, store: RecordStore, model: str) -> None:
+def _tell(
+    outcome: Outcome, asked: Constraints, store: RecordStore, model: str, timed: Setting | None
+) -> None:
     """Show and write the outcome."""
     record = outcome.settled.decision.chosen.record
     command = command_of(record)
     console = output()
-    show(outcome.settled, outcome.limits, console, hardware=_hardware(asked))
+    show(outcome.settled, outcome.limits, console, hardware=_hardware(asked, timed))
     path = write(outcome.settled, outcome.limits, store.root / "tables", model, command)
     say(
         console,
@@ -77,16 +90,36 @@ def _its_own(record: Record) -> str:
     return f"no short command gives this job again; it was one of `{record['environment']['command']}`"
 
 
-def _hardware(asked: Constraints) -> str:
-    if asked.hardware is None:
+def _hardware(asked: Constraints, timed: Setting | None) -> str:
+    if timed is not None:
+        return f"a step of decoding as measured on {timed}, with the fastest backend"
+    if asked.hardware is None or asked.hardware == MEASURED:
         return ""
     return (
         f"a step of decoding on {asked.hardware.name}, batch {asked.batch}, {asked.context} tokens before it"
     )
 
 
-def _latency(asked: Constraints, model: ModelRef) -> Latency | None:
-    if asked.hardware is None:
+def _timed(asked: Constraints, model: str, records: Sequence[Record]) -> Setting | None:
+    """Where and how recipes were timed, of measured speeds; `None` where the roofline or nothing is asked.
+
+    Raises:
+        ValueError: If nothing was timed.
+    """
+    if asked.hardware != MEASURED:
+        return None
+    if (found := usual_setting(records, asked.batch, asked.context)) is None:
+        raise ValueError(
+            f"no recipe of {model} was timed with {asked.batch} sequences at once; `qbench bench <fingerprint> "
+            f"batch={asked.batch}` times a record's recipe, or name a device of the roofline, such as hardware=this"
+        )
+    return found
+
+
+def _latency(asked: Constraints, model: ModelRef, timed: Setting | None) -> Latency | None:
+    if timed is not None:
+        return lambda record: (fastest(record, timed, _STEP) or 0.0) / 1e3
+    if asked.hardware is None or asked.hardware == MEASURED:
         return None
     shape, hardware = shape_of(skeleton(model).config, model.trust_remote_code), asked.hardware
 

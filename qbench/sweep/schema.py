@@ -179,9 +179,11 @@ class Plain(Strict):
     act_granularity: Literal["token", "group", "tensor"]
     act_group_size: PositiveInt | None
     act_range: Literal["minmax", "average", "percentile", "mse"]
+    act_symmetric_mode: Literal["full", "restricted", "gptq"]
     kv_layout: Literal["token", "kivi", "tensor"]
     kv_group_size: PositiveInt | None
     kv_symmetric: bool
+    kv_format: str
     kv_residual: NonNegativeInt | None
     kv_rotate: bool
     quant_bmm: bool

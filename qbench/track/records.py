@@ -1,6 +1,6 @@
 """Where results are kept: a folder for each job, which is the truth.
 
-    results/records/<fingerprint>/record.json, samples.parquet
+    results/records/<fingerprint>/record.json, samples.parquet, speed.json (where `qbench bench` measured it)
     results/sweeps/<id>.json     which jobs a sweep asks for
     results/claims, launches, workers, logs     of running sweeps
 
@@ -73,8 +73,8 @@ class RecordStore:
         return self.records / fingerprint
 
     def read(self, fingerprint: str) -> Record | None:
-        path = self.path(fingerprint) / "record.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        path = self.path(fingerprint)
+        return read_record(path) if (path / "record.json").is_file() else None
 
     def samples(self, fingerprint: str) -> list[dict[str, Any]]:
         """The values behind a record's metrics: `metric`, `item`, `value`."""
@@ -106,7 +106,22 @@ class RecordStore:
     def all(self) -> Iterator[Record]:
         """Every record, in the order in which jobs began."""
         paths = self.records.glob("[!.]*/record.json")
-        return iter(in_order(json.loads(path.read_text()) for path in paths))
+        return iter(in_order(read_record(path.parent) for path in paths))
+
+    def add_speed(self, fingerprint: str, machine: str, speed: dict[str, Any]) -> Path:
+        """Keep what was measured of a record's speed on a machine, in the place of what was measured there before.
+
+        A record that is written again has none: the weights are the same, but whoever forces a job trusts nothing.
+        """
+        path = self.path(fingerprint) / "speed.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        draft = path.with_name(f".speed-{os.getpid()}")
+        with draft.open("w") as file:
+            file.write(json.dumps(kept | {machine: speed}, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        return path
 
     def write(self, record: Record, samples: list[dict[str, Any]]) -> Path:
         """Keep a record; it takes the place of an earlier one of the same job."""
@@ -170,6 +185,16 @@ class RecordStore:
                 os.link(draft, path)  # unlike a rename, this keeps the id of whoever came first
             draft.unlink()
         return path.read_text()
+
+
+def read_record(folder: Path) -> Record:
+    """The record in a folder; what was measured of its speed is among its metrics."""
+    record: Record = json.loads((folder / "record.json").read_text())
+    speed = folder / "speed.json"
+    if record["status"] == "done" and speed.is_file():
+        for found in json.loads(speed.read_text()).values():
+            record["metrics"] |= found["metrics"]
+    return record
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:

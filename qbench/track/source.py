@@ -5,7 +5,6 @@ Both give equal records and samples in the same order, so what is made of them i
 
 import contextlib
 import gc
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 
 from qbench.errors import UsageError, first_line
 from qbench.track.mirror import Marks, connect, database_of, local_folder
-from qbench.track.records import Record, RecordStore, in_order, read_samples, sample_table
+from qbench.track.records import Record, RecordStore, in_order, read_record, read_samples, sample_table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -88,9 +87,7 @@ class MLflowSource:
 
     def all(self) -> Iterator[Record]:
         """Every record, in the order in which jobs began."""
-        return iter(
-            in_order(json.loads((f / "record.json").read_text()) for _, f in self._folders(self._runs))
-        )
+        return iter(in_order(read_record(f) for _, f in self._folders(self._runs)))
 
     def samples(self, fingerprint: str) -> list[dict[str, Any]]:
         """The values behind a record's metrics: `metric`, `item`, `value`; empty where there are none."""

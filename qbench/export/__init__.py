@@ -1,0 +1,1 @@
+"""From a recipe to a checkpoint that others load: written whole or not at all, and compared with what was evaluated."""
