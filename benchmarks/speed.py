@@ -7,7 +7,7 @@ Weights are rounded to nearest: what a kernel computes with does not change how 
 scale a row and activations of one a token (`torch-int8-dynamic`); int4 are weights in groups of 128 (`torch-int4`). Each
 pair of batch and prompt is a cell of `<folder>/speed.json`; a run that was broken off goes on with the next one. Pairs
 of many tokens are run fewer times, and without a warm-up, which the smaller ones before have been; what would take
-more than five minutes, by the pairs before it, is left out.
+more than two and a half minutes, by the pairs before it, is left out.
 """
 
 import copy
@@ -40,7 +40,7 @@ SCHEMES = {
     "torch-int8-dynamic": Scheme.of(8, 8, weight_symmetric=True),
     "torch-int4": Scheme.of(4, 16, group_size=128),
 }
-LONGEST = 300.0  # seconds of a run
+LONGEST = 150.0  # seconds of a run
 ABOUT = """## Speed of inference
 
 `OMP_NUM_THREADS=1 python benchmarks/speed.py run`: what `qbench bench` does, on micro-llama and on a random Llama of 341

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import gc
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from qbench.evaluate.baseline import Baselines
 from qbench.evaluate.dispatch import dispatched
 from qbench.evaluate.evaluator import Evaluator
 from qbench.job import Job, skeleton, tokenizer
+from qbench.memory.watch import peak_rss
 from qbench.models.about import about
 from qbench.models.disk import on_disk
 from qbench.models.family import family_of
@@ -238,7 +237,7 @@ def _phase(name: str, job: Job, metrics: dict[str, float], reporter: Reporter) -
         torch.cuda.synchronize(job.device)
         torch.cuda.reset_peak_memory_stats(job.device)
     clock = time.perf_counter()
-    with _peak_rss() as peak:
+    with peak_rss() as peak:
         yield
         if cuda:
             torch.cuda.synchronize(job.device)
@@ -246,26 +245,6 @@ def _phase(name: str, job: Job, metrics: dict[str, float], reporter: Reporter) -
     metrics[f"peak_mem_{name}_mb"] = peak[0] / 1e6
     if cuda:
         metrics[f"peak_device_mem_{name}_mb"] = torch.cuda.max_memory_allocated(job.device) / 1e6
-
-
-@contextlib.contextmanager
-def _peak_rss() -> Iterator[list[float]]:
-    """The largest resident set of this process while the context lasts, in bytes, sampled every 5 ms."""
-    process, peak, done = psutil.Process(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while True:
-            peak[0] = max(peak[0], process.memory_info().rss)
-            if done.wait(0.005):
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
 
 
 @lru_cache(maxsize=8)

@@ -18,6 +18,7 @@ from torch import Tensor
 from qbench.models.blockfile import settle
 
 STATE = "state.json"
+_LAYOUT = 2  # of what a folder holds; one of another layout is begun anew
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Progress:
         if not path.is_file():
             return None
         state = json.loads(path.read_text())
+        if state.get("layout") != _LAYOUT:  # an older version wrote it
+            return None
         whole = self._entering(state["done"]).is_file() and all(
             self.block_file(index).is_file() for index in range(state["done"])
         )
@@ -44,7 +47,7 @@ class Progress:
     def note(self, done: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """From now on `done` blocks are finished; `tensors` are what the next one needs."""
         save_tensors(self._entering(done), tensors)
-        write_text(self.folder / STATE, json.dumps(dict(state) | {"done": done}))
+        write_text(self.folder / STATE, json.dumps(dict(state) | {"done": done, "layout": _LAYOUT}))
         for old in self.folder.glob("entering_*.safetensors"):
             if old != self._entering(done):
                 old.unlink()

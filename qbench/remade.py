@@ -17,7 +17,7 @@ from qbench.engine import Finished, Quantized
 from qbench.job import Job
 from qbench.measure import Reporter, Shared, calibration_tokens, quantized
 from qbench.models.family import family_of
-from qbench.opening import place_of
+from qbench.opening import clear_partial, place_of
 
 # Matrix products are not the same to the last bit on every processor and thread count, and rounding amplifies that; a
 # mean over a block's outputs moves far less than by this.
@@ -44,11 +44,13 @@ def remade(
     job: Job,
     reporter: Reporter | None = None,
     deliver: Callable[[Finished, list[QuantizedLayer]], None] = lambda finished, layers: None,
+    record: Mapping[str, Any] | None = None,
 ) -> Iterator[Remade]:
-    """Quantize a job's model again.
+    """Quantize a job's model again; blocks on disk are kept for the next try where the context ends by an error.
 
     Args:
         deliver: Given each block when it is finished.
+        record: Of the job; on a CPU it is quantized with as many threads as then.
 
     Raises:
         MemoryError: If it does not fit; says what would make it fit.
@@ -69,13 +71,18 @@ def remade(
             )
 
         reporter.phase("calib")
-        done = quantized(job, model, tokens, None, place.progress, reporter, handed)
+        with _threads_as(record):
+            done = quantized(job, model, tokens, None, place.progress, reporter, handed)
         size = size_metrics(model, n_parameters, done.stored_bits, done.extra_bits)
-        yield Remade(model, layers, done, size)
+        again = Remade(model, layers, done, size)
+        del model  # or whoever lets go of `again.model` would not be rid of it
+        yield again
+    if place.scratch:
+        clear_partial(job)
 
 
 @contextmanager
-def threads_as(record: Mapping[str, Any] | None) -> Iterator[None]:
+def _threads_as(record: Mapping[str, Any] | None) -> Iterator[None]:
     """As many threads as a record's job had on a CPU: the order of sums, and so GPTQ's roundings, depend on it."""
     before, found = (
         torch.get_num_threads(),
@@ -94,9 +101,9 @@ def differences(again: Remade, record: Mapping[str, Any]) -> list[str]:
     found = []
     for name in ("bits_per_weight", "bits_per_linear_weight"):
         before, now = record["metrics"][name], again.size[name]
-        if abs(before - now) > 1e-9 * before:
+        if not abs(before - now) <= 1e-9 * before:
             found.append(f"{name} was {before:.6g} and is {now:.6g}")
     for index, (before, now) in enumerate(zip(record["block_errors"], again.quantized.errors, strict=True)):
-        if abs(before - now) > _TOLERANCE * max(before, now):
+        if not abs(before - now) <= _TOLERANCE * max(before, now):
             found.append(f"the error of block {index} was {before:.4g} and is {now:.4g}")
     return found

@@ -2,24 +2,31 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import AutoConfig
 
 from qbench.deploy.bench.backend import Engine, Recipe, Run, Subject
 from qbench.deploy.bench.compare import BACKENDS, chosen, compare
+from qbench.deploy.bench.floating import bits
 from qbench.deploy.bench.generation import Generator, in_float32, stored
 from qbench.deploy.bench.int4 import TorchInt4
 from qbench.deploy.bench.int8 import TorchInt8, TorchInt8Dynamic
-from qbench.deploy.bench.kernels import TorchKernels
+from qbench.deploy.bench.kernels import TorchKernels, widths
+from qbench.deploy.bench.llamacpp import LlamaCppEngine
 from qbench.deploy.bench.measure import Middle, Plan, Timing, in_turns
 from qbench.deploy.bench.outcome import BASELINE, machine_label
+from qbench.deploy.bench.shares import Roof
+from qbench.deploy.bench.vllm import VLLMEngine
 from qbench.deploy.hardware import Measured
 from qbench.deploy.layers import QuantizedLayer
-from qbench.deploy.operators import Bits
+from qbench.deploy.operators import Bits, Layer
 from qbench.models.load import ModelRef
+from qbench.models.manifest import write_manifest
 from qbench.models.shape import shape_of
 from qbench.quant.grid import choose_qparams, fake_quantize, grouped, round_to_grid
 from qbench.quant.scheme import Scheme
@@ -31,6 +38,7 @@ from qbench.report.points import points_of
 from qbench.report.tables import show, summary
 from qbench.track.records import RecordStore
 from tests.synthetic import Grid, Memory, made
+from tests.test_shape import EXPERTS
 
 BF16 = 2.0**-8  # the distance of 1 from the next number of bfloat16, twice the rounding error
 TINY = ("batch=1,2", "prompt=8", "new_tokens=3", "repeats=3", "threads=1")
@@ -148,6 +156,11 @@ REFUSED = {
         layer(QuantSpec(8, True), activation=Scheme.of(8, 8, act_granularity="tensor").activation),
         "not rounded as here",
     ),
+    "scales by the whole range": (
+        TorchInt8Dynamic(),
+        layer(QuantSpec(8, True), activation=Scheme.of(8, 8, act_symmetric_mode="gptq").activation),
+        "not rounded as here",
+    ),
 }
 
 
@@ -176,6 +189,32 @@ def test_what_changes_a_layers_input_is_not_left_out_of_its_kernel():
 def test_quantized_attention_is_not_timed_as_floating_point():
     recipe = recipe_of(layer(QuantSpec(4, True, "group", 32)), Scheme.of(4, 16, 4, 32))
     assert "in floating point here" in TorchInt4().why_not(Subject("a layer", 8, recipe=recipe))
+
+
+def test_one_layer_whose_input_the_recipe_leaves_is_another_model_in_the_dynamic_kernel():
+    act = Scheme.of(8, 8).activation
+    whole = recipe_of(layer(QuantSpec(8, True), activation=act), Scheme.of(8, 8))
+    mixed = replace(whole, layers=[*whole.layers, layer(QuantSpec(8, True))])
+    assert TorchInt8Dynamic().remark(Subject("", 8, recipe=whole)) == ""
+    assert "another model" in TorchInt8Dynamic().remark(Subject("", 8, recipe=mixed))
+
+
+def test_inputs_that_some_layers_alone_round_are_not_timed_as_unpacked_weights():
+    mixed = Scheme.of(4, group_size=32, overrides={"down_proj": "w8a8"})
+    recipe = recipe_of(layer(QuantSpec(4, True, "group", 32)), mixed)
+    assert "only simulated" in BACKENDS["transformers-dequantized"].why_not(Subject("", 8, recipe=recipe))
+
+
+def test_what_a_kernel_replaces_is_not_copied_to_float32(monkeypatch):
+    found = layer(QuantSpec(4, True, "group", 32))
+    model = recipe_of(found).model.bfloat16()
+    copied = []
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self.shape) or self)
+    made = kernel_of(TorchInt4(), found)
+    assert in_float32(model, {found.name: made}).get_submodule(found.name) is made
+    assert copied == []
+    in_float32(model, {})
+    assert copied == [(32, 512)]
 
 
 def test_layers_in_floating_point_stay_as_they_are():
@@ -231,6 +270,25 @@ def test_backends_are_asked_in_turns_each_as_often_as_the_others_and_first_in_it
     in_turns(engines, Plan((1,), (4,), 3, repeats=3, warm_ups=2), vocab=8)
     assert clock.asked[:6] == list("aabbcc")
     assert clock.asked[6:] == list("abcbcacab")
+
+
+@pytest.mark.parametrize("warm_ups", [0, 1])
+def test_an_engine_that_fails_is_asked_no_more_and_the_others_go_on(warm_ups):
+    class Large(Fake):
+        def run(self, prompts: torch.Tensor, new_tokens: int) -> Run:
+            if len(prompts) > 1:
+                raise RuntimeError("can't allocate memory")
+            return super().run(prompts, new_tokens)
+
+    clock, failed = Clock(), dict[str, str]()
+    engines = {"large": Large("large", clock, 1.0), "small": Fake("small", clock, 1.0)}
+    plan = Plan((1, 2, 3), (4,), 3, repeats=2, warm_ups=warm_ups)
+    timings = in_turns(engines, plan, vocab=8, failed=failed)
+    assert [(t.name, t.batch) for t in timings] == [("large", 1), ("small", 1), ("small", 2), ("small", 3)]
+    assert all(len(t.runs) == 2 for t in timings)
+    assert failed == {"large": "failed at batch 2, prompt 4: RuntimeError: can't allocate memory"}
+    with pytest.raises(RuntimeError, match="allocate"):
+        in_turns(engines, plan, vocab=8)
 
 
 def test_what_slows_all_alike_is_not_in_the_ratio():
@@ -299,7 +357,7 @@ def test_an_outcome_says_what_was_left_out_and_why(llama):
     found = compare(fake_subject(llama), plan, [*BACKENDS.values()], shape_of(llama.config))
     assert set(found.left_out) == set(BACKENDS) - {"transformers-fp32", "transformers-bf16"}
     assert "not installed" in found.left_out["vllm"] or "GPU" in found.left_out["vllm"]
-    assert "no quantized layers" in found.left_out["torch-int4"]
+    assert "name the recipe" in found.left_out["torch-int4"]
     assert {row.timing.name for row in found.rows()} == {"transformers-fp32", "transformers-bf16"}
     assert json.loads(json.dumps(found.plain()))["machine"] == "some-2.00ghz-1t"
 
@@ -310,6 +368,62 @@ def test_the_share_of_the_roofline_falls_with_the_time_that_was_measured(llama):
     slower = replace(row.timing, runs=tuple(Run(2 * r.first, 2 * r.rest) for r in row.timing.runs))
     assert found.roof.decode_share(row.opened.bits, slower) == pytest.approx(row.decode_share / 2)
     assert found.roof.prefill_share(row.opened.bits, slower) == pytest.approx(row.prefill_share / 2)
+
+
+@pytest.mark.parametrize(("spread", "told"), [(0.05, False), (0.24, True)])
+def test_a_machine_that_was_measured_while_it_was_busy_is_told(llama, monkeypatch, spread, told):
+    monkeypatch.setattr(
+        "qbench.deploy.bench.compare.measured", lambda here: replace(machine(here), spread={"fp32": spread})
+    )
+    said = []
+    compare(fake_subject(llama), Plan((1,), (4,), 2, 1), chosen([BASELINE]), None, say=said.append)
+    assert any("spreads by 24%" in line and "hardware=this remeasure=true" in line for line in said) == told
+
+
+def test_blocks_with_kernels_of_their_own_count_with_their_own_widths(llama):
+    shape, n = shape_of(llama.config), len(llama.model.layers)
+    here, timing = machine().device, Timing("x", 1, 4, 3, (Run(1.0, 1.0),) * 3, None)
+
+    def share(layers):
+        return Roof(shape, here).decode_share(replace(bits(torch.float32), layers=layers), timing)
+
+    names, narrow = [linear.name for linear in shape.blocks[0].linears], Layer(4.0, 32.0, "fp32")
+    none, first, every = (
+        share({(index, name): narrow for index in range(count) for name in names}) for count in (0, 1, n)
+    )
+    assert none - first == pytest.approx((none - every) / n)
+    assert every < none
+
+
+@pytest.mark.parametrize(("each", "unit"), [(4.5, "int8"), (8.5, "int8"), (16, "fp32"), (32, "fp32")])
+def test_llama_cpp_multiplies_integers_where_a_file_is_quantized(each, unit):
+    library = SimpleNamespace(llama_model_size=lambda m: each * 100, llama_model_n_params=lambda m: 800)
+    found = LlamaCppEngine(library, None, 1).bits
+    assert (found.layer(0, "q_proj").unit, found.weight, found.floating) == (unit, each, 32)
+
+
+def test_kernels_of_experts_are_those_of_the_shape():
+    shape = shape_of(AutoConfig.for_model("mixtral", **EXPERTS))
+    names = {linear.name for linear in shape.blocks[0].linears if linear.role == "expert"}
+    made = kernel_of(TorchInt4(), layer(QuantSpec(4, True, "group", 32)))
+    kernels = {f"model.layers.1.{name.replace('experts', 'experts.3')}": made for name in names}
+    assert widths(kernels).layers.keys() == {(1, name) for name in names}
+
+
+def test_floating_point_is_as_wide_in_all_its_parts():
+    for dtype, width in ((torch.float32, 32), (torch.bfloat16, 16)):
+        found = bits(dtype)
+        assert {found.weight, found.activation, found.kv, found.head, found.floating} == {width}
+
+
+def test_the_floating_point_model_is_never_timed_as_its_recipe(llama):
+    """Not even where nothing could run the recipe."""
+    shape, plan = shape_of(llama.config), Plan((1,), (4,), 3, 3)
+    recipe = replace(recipe_of(layer(QuantSpec(4, True))), scheme=Scheme.of(4, kvbits=4))
+    found = compare(replace(fake_subject(llama), recipe=recipe), plan, chosen([]), shape)
+    assert not any(one.runs_recipe for one in found.opened.values())
+    assert found.metrics() == {}
+    assert compare(fake_subject(llama), plan, chosen([BASELINE]), shape).metrics()
 
 
 def test_metrics_of_speed_are_costs_of_one_machine_each(llama):
@@ -429,11 +543,13 @@ def test_a_recommendation_by_measured_speed_keeps_to_the_limit(qbench, tmp_path,
     assert qbench(*asked) == 0
     shown = capsys.readouterr().out
     assert "as measured on a, batch 1, prompt 128" in " ".join(shown.split())
+    assert "roofline" not in shown
     assert "rtn" in shown
     assert qbench(*asked[:3], "max_latency=4ms") == 3
     assert qbench(*asked, "search=true") == 2
 
 
+@pytest.mark.slow
 def test_the_command_times_a_record_beside_its_floating_point_model_and_keeps_it(qbench, tmp_path, capsys):
     recipe = ("model=nano-llama", "scheme=w4a16g128", "group_size=64", "tracker=none")
     assert qbench(*recipe, "eval.tasks=[]", "eval.max_windows=2", "launcher=inline") == 0
@@ -467,6 +583,26 @@ def test_the_command_times_a_checkpoint(qbench, tmp_path, capsys):
     ModelRef("zoo/nano-llama").load().save_pretrained(tmp_path / "mine")
     assert qbench("bench", str(tmp_path / "mine"), *TINY, f"backends={BASELINE}") == 0
     assert capsys.readouterr().out.count(f" {BASELINE} ") == 2
+
+
+def test_a_folder_with_a_gguf_file_is_timed_by_that_file_if_it_is_whole(qbench, tmp_path, capsys):
+    (tmp_path / "o").mkdir()
+    file = tmp_path / "o" / "model.gguf"
+    file.write_bytes(b"GGUF that is none")
+    write_manifest(file.parent)
+    assert qbench("bench", str(file.parent), *TINY) == 2
+    assert "model.gguf" in (error := capsys.readouterr().err)
+    assert "to be a checkpoint" not in error
+    file.write_bytes(b"GGUF that is bad.")
+    assert qbench("bench", str(file.parent), *TINY) == 2
+    assert "is not what was exported" in capsys.readouterr().err
+
+
+def test_generations_that_take_no_time_are_an_error():
+    slow_first = VLLMEngine(SimpleNamespace(), 0)
+    slow_first._timed = lambda prompts, n: 1.0
+    with pytest.raises(ValueError, match="made 4 tokens no slower than one; raise new_tokens="):
+        slow_first.run(torch.zeros(1, 2), 4)
 
 
 WRONG = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qbench.quant.codes import codes_of, decoded
-from qbench.quant.grid import QParams, choose_qparams, fake_quantize
-from qbench.quant.minifloat import code_table
+from qbench.quant.codes import codes_of, decoded, outer_of
+from qbench.quant.grid import QParams, choose_qparams, fake_quantize, outer_scale
+from qbench.quant.minifloat import code_table, round_to_format
 from qbench.quant.scheme import Scheme
 from qbench.quant.spec import FORMAT_BITS, QuantSpec
 
@@ -66,3 +66,22 @@ def test_a_weight_off_the_grid_is_refused(spec):
     rounded[3, 5] += grid.scale.max() * 0.3
     with pytest.raises(ValueError, match="1 of 3072 weights are not on the grid"):
         codes_of(rounded, grid, spec)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.5, 0.03])
+def test_the_second_scale_is_found_whatever_share_of_the_range_is_kept(share):
+    spec, w = Scheme.of(4, weight_format="nvfp4").weight, weight()
+    whole = outer_scale(w, spec)
+    scale = choose_qparams(w, spec, (share, share), whole).scale
+    outer = outer_of(scale)
+    assert torch.equal(round_to_format(scale / outer, "e4m3") * outer, scale)
+    with pytest.raises(ValueError, match="not numbers of e4m3"):
+        outer_of(scale * torch.linspace(1, 2, scale.shape[0])[:, None, None])
+
+
+def test_codes_far_from_zero_are_found_in_bfloat16():
+    """There numbers of 128 steps and more are up to a step from where their code is, on either side."""
+    spec, one = QuantSpec(8), torch.ones(1, 1, 1)
+    grid = QParams(one / 191.45, 0 * one)  # 192 steps are rounded to 1, which is nearer to 191
+    rounded = decoded(torch.arange(256)[None], grid, spec, torch.bfloat16)
+    assert torch.equal(decoded(codes_of(rounded, grid, spec), grid, spec, torch.bfloat16), rounded)

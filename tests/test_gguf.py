@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qbench.algorithms.base import Pipeline
 from qbench.algorithms.gptq import GPTQ
@@ -210,6 +211,19 @@ def test_the_file_says_what_it_rounded(tmp_path, tokenizer):
     assert all(not torch.equal(*pair) for pair in made.weights.values())
 
 
+@pytest.mark.parametrize(("to", "rounds"), [("gguf-f16", False), ("gguf-q8_0", True)])
+def test_that_inputs_are_rounded_is_said_of_quantized_types_alone(tmp_path, tokenizer, to, rounds):
+    made = exported(tmp_path / "out", random_model(*MODELS["llama"]), tokenizer, Scheme.of(4), to)
+    assert any("rounds the inputs" in note for note in made.format.notes()) == rounds
+
+
+def test_llama_cpp_is_not_held_to_its_rounding_where_nothing_is_quantized(tmp_path, tokenizer):
+    made = exported(tmp_path / "out", random_model(*MODELS["llama"]), tokenizer, Scheme())
+    engine, why = made.format.engine(made.folder)
+    assert engine is None
+    assert "and it rounds none" in why
+
+
 def test_the_metadata_are_the_models(tmp_path, tokenizer):
     model = random_model(*MODELS["mistral"])
     made = exported(tmp_path / "out", model, tokenizer, Scheme.of(4))
@@ -339,6 +353,19 @@ def test_pieces_of_sentence_piece_have_scores_in_the_order_of_their_merges():
     assert sorted(made, key=lambda token: -found.scores[found.tokens.index(token)]) == made
     with pytest.raises(Unsuitable, match="every two pieces of a token must be"):
         vocabulary_of(sentence_piece((text,), every=False), 512)
+
+
+def test_a_piece_that_no_merge_makes_is_refused():
+    """llama.cpp would make it of its parts."""
+    spec = json.loads(sentence_piece((Path(__file__).read_text(),)).backend_tokenizer.to_str())
+    first = "".join(spec["model"]["merges"][0])
+    spec["model"]["vocab"][3 * first] = len(spec["model"]["vocab"])
+    spec["model"]["vocab"][2 * first] = len(spec["model"]["vocab"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>", eos_token="</s>"
+    )
+    with pytest.raises(Unsuitable, match="it does not merge"):
+        vocabulary_of(tokenizer, 600)
 
 
 def test_embedded_models_are_taken():

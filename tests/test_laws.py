@@ -11,8 +11,11 @@ import torch
 from qbench import algorithms
 from qbench.algorithms.base import Algorithm, Pipeline
 from qbench.algorithms.rtn import RTN
+from qbench.deploy.layers import layers_of
 from qbench.engine import quantize
+from qbench.errors import Unsuitable
 from qbench.models.family import family_of
+from qbench.quant.codes import decoded
 from qbench.quant.grid import choose_qparams, grouped
 from qbench.quant.mixed import quantize_mixed
 from qbench.quant.scheme import Scheme
@@ -168,6 +171,28 @@ def test_a_rounder_leaves_every_weight_on_the_grid(algorithm, scheme, symmetric,
                     block.grids[layer],
                 )
                 assert torch.equal(again[rounded], linear.weight[rounded]), f"{layer} is on another grid"
+
+
+@pytest.mark.parametrize(
+    "scheme", [{"wbits": 8, "weight_granularity": "tensor"}, {"wbits": 4, "weight_format": "nvfp4"}], ids=str
+)
+@pytest.mark.parametrize("algorithm", of_kind("round", "clip"), ids=name)
+def test_an_algorithm_leaves_codes_of_one_grid_or_says_what_it_mixes_in(algorithm, scheme, llama, tokens):
+    scheme, pipeline, family = Scheme.of(**scheme), as_pipeline(algorithm), family_of(llama)
+    if pipeline.mixes:
+        return
+
+    def deliver(finished):
+        for layer in layers_of(finished, family.blocks, family.linears(finished.layer), scheme):
+            assert torch.equal(
+                decoded(layer.codes(), layer.grid, layer.spec, layer.weight.dtype), layer.weight
+            )
+
+    try:
+        pipeline.check(scheme)
+        quantize(llama, pipeline, scheme, tokens, deliver=deliver)
+    except (Unsuitable, FloatingPointError) as refusal:  # or it diverges on so small a model
+        pytest.skip(f"refused: {refusal}")
 
 
 @pytest.mark.parametrize("algorithm", of_kind("select"), ids=name)

@@ -561,6 +561,9 @@ def test_a_search_ends_in_a_recipe_and_the_same_command_says_the_same(qbench, ca
     command = ["recommend", *THREE, "scheme=w3a16g64,w4a16g128_down8", "algo=rtn", "max_bits=12"]
     assert qbench(*command) == 0
     told, before, first = capsys.readouterr().out, fingerprints(), answer()
+    (ship,) = [line.split("qbench ")[1].split() for line in told.splitlines() if line.startswith("ship ")]
+    assert qbench(*ship) == 0
+    assert "equal to the bit" in capsys.readouterr().out
     assert qbench(*command) == 0
     assert fingerprints() == before
     assert answer() == first

@@ -52,6 +52,7 @@ class Algorithm(ABC):
             allocation before one that would give all of them the scheme's.
         resumable: Whether a block's weights are all that it leaves, so that a job that was killed can go on behind the
             blocks that are finished.
+        folds_norms: Whether norms are folded into the layers behind them, and LayerNorms become RMSNorms by it.
     """
 
     kind: ClassVar[Kind]
@@ -65,6 +66,7 @@ class Algorithm(ABC):
     uses_kept: ClassVar[bool] = True
     uses_bits: ClassVar[bool] = False
     resumable: ClassVar[bool] = True
+    folds_norms: ClassVar[bool] = False
 
     def check(self, scheme: Scheme) -> None:
         """Refuse, before anything is loaded, a scheme that this algorithm can do nothing for.
@@ -183,6 +185,10 @@ class Pipeline(Algorithm):
     @property
     def resumable(self) -> bool:  # type: ignore[override]
         return all(step.resumable for step in self)
+
+    @property
+    def folds_norms(self) -> bool:  # type: ignore[override]
+        return any(step.folds_norms for step in self)
 
     @property
     def beside(self) -> str:

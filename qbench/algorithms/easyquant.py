@@ -47,6 +47,10 @@ class EasyQuant(Algorithm):
                 "be positive, and the last not negative"
             )
 
+    @property
+    def mixes(self) -> str:
+        return "single weights that stay in floating point"
+
     def check(self, scheme: Scheme) -> None:
         self._check_weights(scheme)
         for spec in scheme.weights:

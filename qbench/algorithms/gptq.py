@@ -73,7 +73,7 @@ class GPTQ(Algorithm):
                     "GPTQ with act_order and without static_groups would group columns in their new order",
                     "that needs an index at inference; set algo.static_groups=true or algo.act_order=false",
                 )
-            if spec.granularity == "block" or spec.scale_format == "e4m3" or spec.scale_bits < 16:
+            if spec.granularity in ("tensor", "block") or spec.scale_format == "e4m3" or spec.scale_bits < 16:
                 raise Unsuitable(
                     "GPTQ without static_groups chooses one group's grid at a time",
                     f"in {scheme} groups depend on one another; set algo.static_groups=true",
@@ -96,7 +96,8 @@ class GPTQ(Algorithm):
                 for name, scale, zero in zip(
                     names, grid.scale.split(sizes), grid.zero.split(sizes), strict=True
                 ):
-                    block.grids[name] = QParams(scale, zero)
+                    one = 1 if spec.granularity == "tensor" else len(scale)  # its rows are one group
+                    block.grids[name] = QParams(scale[:one], zero[:one])
 
     def round(self, w: Tensor, gram: Tensor, spec: QuantSpec, *more: Any, **named: Any) -> Tensor:
         """As `solve`, the weight alone."""

@@ -39,6 +39,7 @@ class QuaRot(Algorithm):
 
     kind: ClassVar[Kind] = "transform"
     needs_data: ClassVar[bool] = False
+    folds_norms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rotation not in ("hadamard", "orthogonal"):

@@ -47,6 +47,7 @@ class SpinQuant(Algorithm):
 
     kind: ClassVar[Kind] = "transform"
     runs_model: ClassVar[bool] = True
+    folds_norms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.steps < 1 or self.batch_size < 1:

@@ -77,7 +77,8 @@ def _check(words: list[str], rest: list[str]) -> None:
         raise UsageError(f"there is no option {options[0]} here; see `qbench bench --help`")
     if not words and not any(a.startswith("model=") for a in rest):
         raise UsageError(
-            "name what is to be timed: a fingerprint, labels such as gptq/w4a16g128, a folder, a GGUF file, or model=… algo=… scheme=…"
+            "name what is to be timed: a fingerprint, labels such as gptq/w4a16g128, a folder, a GGUF file, or model=… "
+            "algo=… scheme=…"
         )
     for key in (a.partition("=")[0] for a in rest):
         if near := difflib.get_close_matches(key, _OWN, n=1, cutoff=0.8):
@@ -130,7 +131,7 @@ def _middle(middle: Any, factor: float = 1.0) -> str:
     if middle is None:
         return ""
     value, low, high = (_number(x * factor) for x in (middle.value, middle.low, middle.high))
-    return f"{value} ({low}-{high})"
+    return f"{value} ({low}-{high})" if middle.n > 2 else value  # quartiles of two say nothing
 
 
 def _number(value: float) -> str:

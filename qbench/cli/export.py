@@ -29,8 +29,8 @@ def export(arguments: list[str]) -> int:
     if arguments[:1] == ["verify"]:
         return _verify(arguments[1:])
     words, own, rest = _read(arguments)
+    from qbench.export.run import NotTheSame, prepared
     from qbench.export.run import export as write
-    from qbench.export.run import prepared
     from qbench.sweep.recipe import asked_for
 
     out = console()
@@ -40,17 +40,18 @@ def export(arguments: list[str]) -> int:
             "scheme=w4a16g128; `qbench tables` lists what is recorded"
         )
     asked = asked_for(words[0] if words else "", rest)
-    folder = Path(own["out"]).expanduser() if "out" in own else _folder(asked, own["to"])
+    to = "-".join(filter(None, (own["to"], own.get("dtype"))))
+    folder = Path(own["out"]).expanduser() if "out" in own else _folder(asked, to)
     try:
         asked.job.check()
         made = prepared(asked.job, own["to"], own.get("dtype"))
         with _Told(out) as told:
-            done = write(asked.job, asked.record, made, folder, told.reporter)
-    except (ValueError, NotImplementedError, OSError, MemoryError, RuntimeError) as error:
+            done = write(asked.job, asked.shown, made, folder, told.reporter)
+    except (ValueError, NotImplementedError, OSError, MemoryError, NotTheSame) as error:
         raise UsageError(" ".join(str(error).split())) from error
     if asked.record is None:
         _say(out, "no record    this recipe was never evaluated: run it first to know how good it is")
-    for line in _lines(done):
+    for line in _lines(done, asked):
         _say(out, line)
     return 0
 
@@ -115,8 +116,14 @@ class _Told:
             "calib": "quantizing",
             "compare": "loading it back and comparing",
         }
+
+        def phase(name: str) -> None:
+            self._status.update(names[name])
+            if not self._out.is_terminal:  # where nothing can be written over
+                _say(self._out, names[name])
+
         self.reporter = Reporter(
-            phase=lambda name: self._status.update(names.get(name, name)),
+            phase=phase,
             block=lambda done, total: self._status.update(f"quantizing: block {done} of {total}"),
             memory=lambda line: _say(self._out, line),
         )
@@ -127,10 +134,11 @@ class _Told:
         self._status.stop()
 
 
-def _lines(done: Any) -> list[str]:
+def _lines(done: Any, asked: Any) -> list[str]:
     lines = [
         f"written      {done.folder}",
-        f"size         {done.bytes / 1e6:,.2f} MB of tensors, {done.expected_bytes / 1e6:,.2f} MB by the recipe's bits",
+        f"size         {done.bytes / 1e6:,.2f} MB of tensors, {done.expected_bytes / 1e6:,.2f} MB without padding; "
+        f"{done.bits:.2f} bits per weight, {done.honest_bits:.2f} with what is not quantized in 16 bits",
     ]
     if (p := done.parity) is None:
         lines.append(f"not compared {done.not_compared}")
@@ -142,7 +150,7 @@ def _lines(done: Any) -> list[str]:
             else f"logits differ by {e.largest:.3g} at most, {e.mean:.3g} in the mean, KL {e.kl:.2g} nats"
         )
         lines += [
-            f"compared     with the model that was evaluated, {p.n_windows} windows of {p.text}: {found}",
+            f"compared     with what was evaluated, {p.n_windows} windows of {p.seq_len} tokens of {p.text}: {found}",
             f"             the same likeliest token for {e.agreement:.2%}; perplexity {p.ppl_loaded:.4f}, "
             f"evaluated {p.ppl_evaluated:.4f}",
         ]
@@ -154,11 +162,12 @@ def _lines(done: Any) -> list[str]:
         elif done.not_compared:
             lines.append(f"not tried    {done.not_compared}")
     lines += [f"note         {note}" for note in done.notes]
-    return [
-        *lines,
-        f"next         qbench bench {done.folder}",
-        f"             qbench export verify {done.folder}",
-    ]
+    if done.bits > done.honest_bits * 1.1:
+        lines.append("smaller      dtype=bfloat16 stores scales and what is not quantized in 16 bits")
+    if asked.record is not None:
+        where = f" gguf={done.folder / 'model.gguf'}" if (done.folder / "model.gguf").is_file() else ""
+        lines.append(f"next         qbench bench {asked.job.fingerprint[:8]}{where}")
+    return [*lines, f"intact?      qbench export verify {done.folder}"]
 
 
 def _say(out: Any, line: str) -> None:

@@ -1,5 +1,6 @@
 """`qbench roofline` and `qbench hardware`: the least time that a model takes on a device, and what this machine can do."""
 
+import difflib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,9 @@ def _asked(arguments: list[str]) -> _Asked:
     if words := [a for a in arguments if "=" not in a]:
         raise UsageError(f"`qbench roofline` takes key=value; got {words[0]}")
     own = {k: v for k, _, v in (a.partition("=") for a in arguments) if k in _OWN}
+    for key in (a.partition("=")[0] for a in arguments):
+        if key not in _OWN and (near := difflib.get_close_matches(key, _OWN, n=1, cutoff=0.75)):
+            raise UsageError(f"unknown key {key!r}; did you mean {near[0]}=?")
     if "context" in (a.partition("=")[0] for a in arguments):
         raise UsageError("`qbench roofline` calls the tokens of a sequence seq, for example seq=2048")
     if not own.get("hardware"):

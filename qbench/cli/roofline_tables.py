@@ -110,9 +110,16 @@ def show_measured(found: Measured) -> None:
         grid.add_row(f"matrices, {unit}", f"{rate / 1e9:.1f} GFLOP/s", f"{found.spread[unit]:.0%}")
     for name, size in (("on chip", found.on_chip), ("last cache", found.cache), ("memory", found.memory)):
         grid.add_row(name, f"{size / 1e6:,.1f} MB", "")
+    from qbench.deploy.hardware import BUSY
+
     out = console()
     _say(out, f"{found.name}: {found.title}, {found.threads} threads, torch {found.torch}")
     out.print(grid)
+    if max(found.spread.values()) > BUSY:
+        _say(
+            out,
+            "busy       a figure spreads by more than a tenth: other work ran meanwhile, measure again when it is done",
+        )
     _say(out, "measured again with `qbench hardware remeasure=true`")
 
 

@@ -88,7 +88,8 @@ def device(name: str) -> Device:
 
             return measured(here).device
     names = [*known, *HERE]
-    near = [n for n in names if n.startswith(name.lower())] or difflib.get_close_matches(name.lower(), names)
+    near = [n for n in names if name and n.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), names)
     meant = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise ValueError(
         f"hardware {name!r} is not known{meant}; choose one of {', '.join(names)}, "

@@ -26,6 +26,7 @@ from qbench.zoo import cache
 
 _REVISION = 1  # of how it is measured; part of the key
 _REPEATS = 7
+BUSY = 0.1  # a spread beyond which the machine did other work
 _ARRAY = 4  # times the last cache, at least
 _SMALLEST = 1 << 28  # bytes of an array
 _WIDTH = 4096  # columns of the matrix that is multiplied with a vector
@@ -91,7 +92,7 @@ def measured(here: Here, again: bool = False) -> Measured:
 
 
 def measure_machine(here: Here) -> Measured:
-    """Measure; takes seconds, and as much memory as four arrays of the larger of 256 MiB and four last caches.
+    """Measure; takes seconds, and as much memory as two arrays of the larger of 256 MiB and four last caches.
 
     Raises:
         ValueError: If there is no such device here, or its caches cannot be read.

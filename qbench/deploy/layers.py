@@ -46,7 +46,9 @@ class QuantizedLayer:
         return codes_of(self.weight.detach(), self.grid, self.spec)
 
 
-def layers_of(finished: Finished, blocks: str, names: Sequence[str], scheme: Scheme) -> Iterator[QuantizedLayer]:
+def layers_of(
+    finished: Finished, blocks: str, names: Sequence[str], scheme: Scheme
+) -> Iterator[QuantizedLayer]:
     """The layers of a finished block; `blocks` is the path of the blocks, `names` are those of its linear layers."""
     for name in names:
         own, fixed = scheme.layer(finished.index, name), finished.fixed

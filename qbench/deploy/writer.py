@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class Writer:
         self._names: set[str] = set()
 
     def __enter__(self) -> "Writer":
+        for left in self.target.parent.glob(f".{escape(self.target.name)}.*.part"):
+            if not _is_running(left.suffixes[-2]):  # it was killed
+                shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         return self
@@ -101,6 +105,18 @@ class Writer:
             return
         file = self.folder / f"shard-{len(self._shards):05d}.safetensors"
         save_file(self._waiting, file, metadata={"format": "pt"})
+        file.chmod((self.folder.stat().st_mode & 0o666) | 0o600)  # the library lets nobody else read it
         self._shards.append((file, list(self._waiting)))
         self._bytes += self._waiting_bytes
         self._waiting, self._waiting_bytes = {}, 0
+
+
+def _is_running(suffix: str) -> bool:
+    """Whether the process of a number with a dot before it is there."""
+    try:
+        os.kill(int(suffix[1:]), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):  # another user's, or no number
+        return True
+    return True

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from qbench.deploy.formats.format import Format
 from qbench.job import Job
-from qbench.run import environment
+from qbench.run import command, environment
 
 if TYPE_CHECKING:
     from qbench.export.run import Export
@@ -31,9 +32,12 @@ def card(job: Job, record: Mapping[str, Any] | None, made: Format, done: "Export
         "## This checkpoint",
         _this(done),
         *(f"* {note}" for note in done.notes),
+        "## To load it",
+        made.loading,
         "## To make it again",
-        f"```bash\n{_command(record)}\nqbench export {fingerprint} --to {made.name}\n```",
+        f"```bash\n{_commands(job, record, made)}\n```",
         _versions(record),
+        *([f"Packed with {', '.join(f'{name} {version(name)}' for name in made.packages)}."] if made.packages else []),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -62,7 +66,8 @@ def _metrics(record: Mapping[str, Any]) -> str:
 
 def _this(done: "Export") -> str:
     lines = [
-        f"* Tensors take {done.bytes / 1e6:,.2f} MB; {done.expected_bytes / 1e6:,.2f} MB were expected of the recipe's bits."
+        f"* Tensors take {done.bytes / 1e6:,.2f} MB, {done.expected_bytes / 1e6:,.2f} MB without padding. "
+        f"That is {done.bits:.3f} bits per weight; {done.honest_bits:.3f} with what is not quantized in 16 bits."
     ]
     if done.parity is None:
         return "\n".join([*lines, f"* Not compared with what was evaluated: {done.not_compared}."])
@@ -88,12 +93,13 @@ def _this(done: "Export") -> str:
     return "\n".join(lines)
 
 
-def _command(record: Mapping[str, Any] | None) -> str:
-    return (
-        str(record["environment"].get("command", ""))
-        if record
-        else "# no record: the export itself quantizes"
-    )
+def _commands(job: Job, record: Mapping[str, Any] | None, made: Format) -> str:
+    """Those that evaluate and export it; without a record, that of this export, which names its settings."""
+    if record is None:
+        return command()
+    dtype = str(made.source.dtype).removeprefix("torch.")
+    more = "" if dtype == job.model.dtype else f" dtype={dtype}"
+    return f"{record['environment']['command']}\nqbench export {job.fingerprint} --to {made.name}{more}"
 
 
 def _versions(record: Mapping[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from qbench.deploy.formats.format import Source
 from qbench.deploy.layers import QuantizedLayer
 from qbench.deploy.writer import Writer
 from qbench.engine import Finished
+from qbench.errors import Unsuitable
 from qbench.export.card import card
 from qbench.export.parity import InEngine, Parity, difference, logits, perplexity_of, rounding_floor
 from qbench.job import Job, skeleton, tokenizer
@@ -22,10 +24,15 @@ from qbench.models.attention import quantize_attention
 from qbench.models.disk import on_disk
 from qbench.models.family import family_of
 from qbench.models.hooks import quantize_input, requantize_inputs
-from qbench.remade import Remade, differences, remade, threads_as
+from qbench.models.norms import centres
+from qbench.remade import Remade, differences, remade
 
 _WINDOWS, _LENGTH = 8, 256
 _TEXT = "stdlib_docs"  # embedded, where a job reads no text of its own
+
+
+class NotTheSame(RuntimeError):
+    """What was quantized again, or is loaded back, is not the model that was evaluated."""
 
 
 @dataclass
@@ -35,6 +42,8 @@ class Export:
     Attributes:
         bytes: Of all tensors; `expected_bytes`: what the record's honest bits say of them, its 16-bit numbers in the
             checkpoint's dtype.
+        bits: Of the tensors, per parameter of the original model; `honest_bits`: `bits_per_weight`, whose numbers that are
+            not quantized have 16 bits.
         parity: `None` where `not_compared` says why.
         notes: What whoever loads it should know.
     """
@@ -42,6 +51,8 @@ class Export:
     folder: Path
     bytes: int
     expected_bytes: float
+    bits: float
+    honest_bits: float
     parity: Parity | None
     not_compared: str = ""
     notes: list[str] = field(default_factory=list)
@@ -59,10 +70,23 @@ def prepared(job: Job, name: str, dtype: str | None = None) -> Format:
     wanted = dtype or job.model.dtype
     if wanted not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype is {wanted!r}, it must be float32, float16 or bfloat16")
-    found = FORMATS[name](Source(skeleton(job.model), job.algorithm, job.scheme, getattr(torch, wanted)))
+    model = skeleton(job.model)
+    if job.algorithm.folds_norms:
+        _check_norms(model)
+    found = FORMATS[name](Source(model, job.algorithm, job.scheme, getattr(torch, wanted)))
     found.check()
     found.check_tokenizer(tokenizer(job.model))
     return found
+
+
+def _check_norms(model: Any) -> None:
+    """Refuse what a rotation makes of norms that subtract a mean; `model` has no weights."""
+    final = family_of(model).final_norm
+    if final is not None and centres(deepcopy(model.get_submodule(final)).to_empty(device="cpu")):
+        raise Unsuitable(
+            f"the rotation makes RMSNorms of the LayerNorms of {type(model).__name__}, which no checkpoint of it has",
+            "export a recipe without rotations",
+        )
 
 
 def export(
@@ -75,7 +99,7 @@ def export(
 
     Raises:
         FileExistsError: If `folder` exists.
-        RuntimeError: If the model is not that of the record, or what is loaded is not what was written; nothing is left.
+        NotTheSame: If the model is not that of the record, or what is loaded is not what was written; nothing is left.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists; remove it, or choose another folder with out=")
@@ -85,9 +109,9 @@ def export(
         def deliver(finished: Finished, layers: list[QuantizedLayer]) -> None:
             made.block(writer, f"{blocks}.{finished.index}", finished.layer, layers, finished.fixed)
 
-        with threads_as(record), remade(job, reporter, deliver) as again:
+        with remade(job, reporter, deliver, record) as again:
             if record is not None and (changed := differences(again, record)):
-                raise RuntimeError(
+                raise NotTheSame(
                     f"quantizing again gave another model than the record {record['fingerprint']} has: "
                     f"{'; '.join(changed)}; nothing was exported. Other versions, processors or thread counts "
                     "do that: run the job again (force=true), and export that"
@@ -97,10 +121,12 @@ def export(
             reporter.phase("compare")
             parity, why = _parity(job, made, again, writer.folder)
         if parity is not None and not parity.holds:
-            raise RuntimeError(_not_the_same(parity))
+            raise NotTheSame(_not_the_same(parity))
         if parity is not None and parity.engine is not None and not parity.engine.holds:
-            raise RuntimeError(_engine_differs(parity.engine))
-        done = Export(folder, n_bytes, expected, parity, why, made.notes())
+            raise NotTheSame(_engine_differs(parity.engine))
+        honest = again.size["bits_per_weight"]
+        bits = 8 * n_bytes / (8e6 * again.size["model_mb"] / honest)
+        done = Export(folder, n_bytes, expected, bits, honest, parity, why, made.notes())
         (writer.folder / "README.md").write_text(card(job, record, made, done))
         writer.publish()
     return done
@@ -137,11 +163,11 @@ def _parity(job: Job, made: Format, again: Remade, folder: Path) -> tuple[Parity
     if engine is not None:
         found = engine(windows)
         inside = InEngine(
-            made.title, difference(evaluated, found), difference(expected, found).kl, inputs_kl,
+            made.title, difference(evaluated, found), difference(expected, found).kl, inputs_kl, floor.kl,
             perplexity_of(found, windows),
         )  # fmt: skip
     parity = Parity(
-        text, windows.shape[0], windows.shape[1], difference(evaluated, loaded), difference(expected, loaded), floor,
+        text, windows.shape[0], windows.shape[1], difference(evaluated, loaded), difference(expected, loaded), floor.mean,
         perplexity_of(evaluated, windows), perplexity_of(loaded, windows), inside,
     )  # fmt: skip
     return parity, no_engine
@@ -196,6 +222,6 @@ def _not_the_same(parity: Parity) -> str:
 def _engine_differs(found: InEngine) -> str:
     return (
         f"{found.name}, makes another model of the file: KL {found.expected_kl:.3g} nats, of which rounding inputs to 8 "
-        f"bits explains {2 * found.inputs_kl:.3g} at most. Nothing was exported; please report it with the command and "
+        f"bits explains {found.allowed:.3g} at most. Nothing was exported; please report it with the command and "
         "the version of llama-cpp-python"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qbench.quant.grid import QParams, grouped, round_to_grid, wide
-from qbench.quant.minifloat import code_table, largest, round_to_format
+from qbench.quant.minifloat import code_table, round_to_format
 from qbench.quant.spec import QuantSpec
 
 
@@ -26,6 +26,11 @@ def codes_of(weight: Tensor, grid: QParams, spec: QuantSpec) -> Tensor:
     g, (scale, zero) = grouped(weight, spec), grid
     if spec.format == "int":
         codes = (wide(g) / scale + zero).round().clamp(spec.qmin, spec.qmax).int()
+        for step in (-1, 1):  # bfloat16 moves numbers of 128 steps and more by up to one
+            near = (codes + step).clamp(spec.qmin, spec.qmax)
+            codes, near = codes.reshape(weight.shape), near.reshape(weight.shape)
+            right = decoded(near, grid, spec, weight.dtype) == weight
+            codes = torch.where(right & (decoded(codes, grid, spec, weight.dtype) != weight), near, codes)
     else:
         codes = _patterns(wide(g) / scale, spec)
     codes = codes.reshape(weight.shape)
@@ -52,12 +57,15 @@ def outer_of(scale: Tensor) -> Tensor:
     Raises:
         ValueError: If there is none.
     """
-    # The largest scale is 448 times it, rounded; which neighbour it was rounded from is tried.
-    near = (scale.max() / largest("e4m3")).float()
-    up, down = torch.tensor(torch.inf), torch.tensor(0.0)
-    tried = [near, torch.nextafter(near, up), torch.nextafter(near, down)]
-    for outer in tried:
-        if torch.equal(round_to_format(scale / outer, "e4m3") * outer, scale):
+    # The largest scale is 448 times it, or less where ranges were clipped; a product is rounded, so its neighbours are
+    # tried as well. A part of the scales tells most that are wrong.
+    numbers = code_table("e4m3").to(scale)
+    numbers = numbers[numbers > 0].sort(descending=True).values
+    near = (scale.max() / numbers).float()
+    up, down = near.new_tensor(torch.inf), near.new_tensor(0.0)
+    part = scale.flatten()[:: max(1, scale.numel() // 4096)]
+    for outer in torch.stack([near, near.nextafter(up), near.nextafter(down)], 1).flatten():
+        if all(torch.equal(round_to_format(s / outer, "e4m3") * outer, s) for s in (part, scale)):
             return outer
     raise ValueError("the scales of a grid are not numbers of e4m3 times one second scale")
 

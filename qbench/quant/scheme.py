@@ -134,7 +134,13 @@ class Scheme:
             )  # fmt: skip
         if abits != 16:
             activation = _activation(
-                abits, act_format, act_symmetric, act_granularity, act_group_size, act_range, act_symmetric_mode
+                abits,
+                act_format,
+                act_symmetric,
+                act_granularity,
+                act_group_size,
+                act_range,
+                act_symmetric_mode,
             )
         if kvbits != 16:
             kv = _kv(kvbits, kv_format, kv_layout, kv_group_size, kv_symmetric, kv_residual, kv_rotate)
@@ -297,7 +303,11 @@ def _activation(
         )
     if range_ != "minmax" and not static:
         raise Unsuitable(f"act_range={range_} is for static ranges", "set act_granularity=tensor")
-    more: dict[str, Any] = {"dynamic": not static, "range": range_, "symmetric_mode": mode if symmetric else "full"}
+    more: dict[str, Any] = {
+        "dynamic": not static,
+        "range": range_,
+        "symmetric_mode": mode if symmetric else "full",
+    }
     if name in BLOCK_FORMATS and static:
         raise Unsuitable(f"{name} activations have one scale a group", "set act_granularity=token")
     return _spec(
@@ -306,7 +316,13 @@ def _activation(
 
 
 def _kv(
-    bits: int, name: str, layout: Layout, size: int | None, symmetric: bool, residual: int | None, rotate: bool
+    bits: int,
+    name: str,
+    layout: Layout,
+    size: int | None,
+    symmetric: bool,
+    residual: int | None,
+    rotate: bool,
 ) -> KVSpec:
     if name in BLOCK_FORMATS:
         raise Unsuitable(f"keys and values have no groups of {name}", "set kv_format=e4m3 or int")

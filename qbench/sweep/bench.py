@@ -17,6 +17,7 @@ from qbench.errors import UsageError
 from qbench.job import Job, skeleton
 from qbench.models.exported import exported_config, load_unpacked
 from qbench.models.family import family_of
+from qbench.models.manifest import verify_if_listed
 from qbench.models.shape import shape_of
 from qbench.models.sizes import Shape
 from qbench.remade import differences, remade
@@ -71,6 +72,8 @@ def bench(asked: Asked, say: Say) -> Timed:
     try:
         _check_alone(asked)
         folder = Path(asked.word).expanduser() if asked.word else None
+        if folder is not None and folder.is_dir() and (file := next(folder.glob("*.gguf"), None)):
+            folder = file
         if folder is not None and folder.is_dir():
             return _of_checkpoint(folder, asked, say)
         if folder is not None and folder.suffix == ".gguf" and not asked.rest:
@@ -128,6 +131,8 @@ def _of_job(asked: Asked, say: Say) -> Timed:
         outcome = compare(subject, asked.plan, asked.backends, shape, why, say)
     if record is None:
         return Timed(outcome, None, (*remarks, "not kept: the recipe has no record here to be kept with"))
+    if not outcome.metrics():
+        remarks.append("nothing here ran what was evaluated, so the record has no figures of it")
     kept = outcome.plain() | {"command": command(), "versions": environment()["versions"]}
     return Timed(outcome, found.store.add_speed(job.fingerprint, outcome.machine, kept), tuple(remarks))
 
@@ -148,7 +153,7 @@ def _subject(
         yield Subject(job.title, vocab, **forms), []
         return
     say("quantizing")
-    with remade(whole) as again:
+    with remade(whole, record=record) as again:
         other = differences(again, record) if record else []
         recipe = Recipe(again.model, again.layers, job.scheme)
         yield Subject(job.title, vocab, recipe=recipe, **forms), [f"not as recorded: {x}" for x in other]
@@ -157,11 +162,13 @@ def _subject(
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}; `qbench export --to gguf` writes one")
+    verify_if_listed(path.parent)
     return path
 
 
 def _existing_folder(path: Path) -> Path:
     exported_config(path)
+    verify_if_listed(path)
     return path
 
 

@@ -8,6 +8,7 @@ from qbench.errors import UsageError
 from qbench.job import Job
 from qbench.report.sides import find
 from qbench.sweep.composed import config_of
+from qbench.sweep.retype import command_of
 from qbench.sweep.settings import Jobs
 from qbench.track.records import Record, RecordStore
 
@@ -23,6 +24,13 @@ class Asked:
     job: Job
     record: Record | None
     store: RecordStore
+
+    @property
+    def shown(self) -> Record | None:
+        """The record, with the short command that gives its job again where there is one."""
+        if self.record is None or (command := command_of(self.record)) is None:
+            return self.record
+        return self.record | {"environment": self.record["environment"] | {"command": command}}
 
 
 def asked_for(word: str, settings: Sequence[str]) -> Asked:

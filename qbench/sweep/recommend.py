@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qbench.deploy.roofline import bits_of, latency
-from qbench.errors import UsageError
+from qbench.errors import Unsuitable, UsageError
+from qbench.export.run import prepared
 from qbench.job import skeleton
 from qbench.models.load import ModelRef
 from qbench.models.shape import shape_of
@@ -50,8 +51,8 @@ def recommend(arguments: Sequence[str]) -> int:
     outcome = None if asked.search or search.began else search.judge(mine, names.texts)
     if outcome is None and timed is not None:
         raise UsageError(
-            f"no two of the {len(mine)} recipes that were timed on {timed} can be compared, or floating point is not among "
-            "them; `qbench bench <fingerprint>` times a record's recipe"
+            f"{len(mine)} recipes of {model.name} were timed on {timed}; a recommendation takes floating point and at least "
+            f"one recipe beside it, each timed by itself: `qbench bench fp/{model.name}`, `qbench bench <fingerprint>`"
         )
     if outcome is None and not asked.search and asked.max_bits is None and asked.limits == Limits():
         raise UsageError(
@@ -81,9 +82,31 @@ def _tell(
     say(
         console,
         f"{'evaluate' if record['labels']['algo'] == 'fp' else 'quantize'}   {command or _its_own(record)}",
+        *([f"ship       {ship}"] if (ship := _shipping(record, store)) else []),
         f"record     {store.path(record['fingerprint'])}",
         f"written    {path}",
     )
+
+
+def _shipping(record: Record, store: RecordStore) -> str:
+    """The command that exports a recipe, to the first format that holds it; empty where there is nothing to export."""
+    if record["labels"]["algo"] == "fp":
+        return ""
+    where = "" if str(store.root) == "results" else f" results={store.root}"
+    for to in ("compressed-tensors", "compressed-tensors dtype=bfloat16", "gguf", "hf"):
+        name, _, dtype = to.partition(" dtype=")
+        try:
+            prepared(Jobs().job(record["config"]), name, dtype or None)
+        except Unsuitable:
+            continue
+        except (
+            ValueError,
+            NotImplementedError,
+            OSError,
+        ):  # the model is not here, or the job is another by now
+            return ""
+        return f"qbench export {record['fingerprint'][:8]} --to {to}{where}"
+    return ""
 
 
 def _its_own(record: Record) -> str:
@@ -96,7 +119,8 @@ def _hardware(asked: Constraints, timed: Setting | None) -> str:
     if asked.hardware is None or asked.hardware == MEASURED:
         return ""
     return (
-        f"a step of decoding on {asked.hardware.name}, batch {asked.batch}, {asked.context} tokens before it"
+        f"a step of decoding on {asked.hardware.name}, batch {asked.batch}, {asked.context} tokens before it, "
+        "by the roofline: a bound, nothing was measured"
     )
 
 

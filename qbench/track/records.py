@@ -115,9 +115,10 @@ class RecordStore:
         """
         path = self.path(fingerprint) / "speed.json"
         kept = json.loads(path.read_text()) if path.is_file() else {}
+        text = json.dumps(kept | {machine: speed}, indent=1, allow_nan=False)
         draft = path.with_name(f".speed-{os.getpid()}")
         with draft.open("w") as file:
-            file.write(json.dumps(kept | {machine: speed}, indent=1, allow_nan=False) + "\n")
+            file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

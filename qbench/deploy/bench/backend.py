@@ -111,5 +111,5 @@ class Backend(ABC):
 def no_recipe(subject: Subject, takes: str) -> str:
     """Why a backend of codes has nothing to run, where that is so."""
     if subject.recipe is None or not any(layer.spec for layer in subject.recipe.layers):
-        return f"it runs {takes}, and {subject.title} has no quantized layers; name a recipe"
+        return f"it runs {takes}, and {subject.title} is given without; name the recipe, by fingerprint or labels"
     return ""

@@ -14,7 +14,7 @@ from qbench.deploy.bench.outcome import Opened, Outcome, load_now, machine_label
 from qbench.deploy.bench.shares import Roof
 from qbench.deploy.bench.vllm import VLLM
 from qbench.deploy.devices import Here
-from qbench.deploy.hardware import measured
+from qbench.deploy.hardware import BUSY, measured
 from qbench.models.sizes import Shape
 
 BACKENDS: dict[str, Backend] = {
@@ -60,6 +60,11 @@ def compare(
     here: Here = "this-cuda" if torch.device(subject.device).type == "cuda" else "this"
     say("measuring what this machine can do at best")
     best = measured(here)
+    if (spread := max(best.spread.values(), default=0.0)) > BUSY:
+        say(
+            f"the machine was busy when it was measured (a figure spreads by {spread:.0%}), which shares of the roofline "
+            f"inherit; `qbench hardware hardware={here} remeasure=true` measures it again"
+        )
     before, engines = load_now(), dict[str, Engine]()
     try:
         for backend in able:
@@ -74,7 +79,7 @@ def compare(
         if not engines:
             raise ValueError(_none(subject, left_out))
         opened = _opened([b for b in able if b.name in engines], engines, subject)
-        timings = in_turns(engines, plan, subject.vocab, say)
+        timings = in_turns(engines, plan, subject.vocab, say, left_out)
     finally:
         for engine in engines.values():
             engine.close()
@@ -82,7 +87,7 @@ def compare(
     roof = None if shape is None else Roof(shape, best.device)
     return Outcome(
         subject.title, machine_label(best.title, threads), threads, plan, opened, left_out, timings, roof,
-        why_no_shape, (before, load_now()),
+        why_no_shape, (before, load_now()), subject.recipe is not None,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class Dequantized(Backend):
         if (why := no_recipe(subject, "quantized weights")) or subject.recipe is None:
             return why
         scheme = subject.recipe.scheme
-        if scheme.activation is not None or scheme.kv is not None or scheme.bmm is not None:
+        if scheme.activations or scheme.kv is not None or scheme.bmm is not None:
             return f"{scheme} also rounds what is multiplied with weights, which is only simulated here, and slowly"
         return ""
 
@@ -63,4 +63,4 @@ class Dequantized(Backend):
 def bits(dtype: torch.dtype) -> Bits:
     """Everything in one dtype."""
     width = 8.0 * dtype.itemsize
-    return Bits(width, width, width, head=width)
+    return Bits(width, width, width, head=width, floating=width)

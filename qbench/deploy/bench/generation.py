@@ -72,6 +72,8 @@ def in_float32(model: Any, layers: Mapping[str, nn.Module]) -> Any:
     shared: dict[int, Any] = {
         id(t): t for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float32
     }
+    # What is replaced is not copied before.
+    shared |= {id(model.get_submodule(name)): nn.Identity() for name in layers}
     own = copy.deepcopy(model, shared).float()
     for name, layer in layers.items():
         own.set_submodule(name, layer)

@@ -95,7 +95,7 @@ class TorchInt8Dynamic(TorchKernels):
         return _why_not_rows(layer)
 
     def remark(self, subject: Subject) -> str:
-        if subject.recipe is None or subject.recipe.scheme.activation is not None:
+        if subject.recipe is None or all(x.activation for x in subject.recipe.layers if x.spec):
             return ""
         return "rounds activations to 8 bits, which the recipe does not: faster, and another model than was evaluated"
 
@@ -115,8 +115,9 @@ def _why_not_rows(layer: QuantizedLayer) -> str:
 
 def _by_token(act: QuantSpec) -> bool:
     return (
-        act.format == "int" and act.bits == 8 and act.symmetric and act.granularity == "row" and act.dynamic
-    )
+        act.format == "int" and act.bits == 8 and act.symmetric and act.symmetric_mode != "gptq"
+        and act.granularity == "row" and act.dynamic
+    )  # fmt: skip
 
 
 def _signed(layer: QuantizedLayer) -> tuple[Tensor, Tensor, int]:

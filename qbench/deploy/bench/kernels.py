@@ -17,6 +17,7 @@ from qbench.quant.grid import QParams
 from qbench.quant.spec import QuantSpec
 
 _IN_BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+_EXPERT = re.compile(r"experts\.\d+")  # which sizes have all of as one layer
 _REST = 32.0  # bits of embeddings, norms, attention, head, keys and values: all in float32
 
 
@@ -88,7 +89,9 @@ def widths(kernels: Mapping[str, Kernel]) -> Bits:
     for name, kernel in kernels.items():
         if (found := _IN_BLOCK.match(name)) is not None:
             held = sum(b.numel() * b.element_size() for k, b in kernel.named_buffers() if k != "bias")
-            layers[int(found[1]), found[2]] = Layer(8 * held / kernel.n_weights, _REST, kernel.unit)
+            layers[int(found[1]), _EXPERT.sub("experts", found[2])] = Layer(
+                8 * held / kernel.n_weights, _REST, kernel.unit
+            )
     return Bits(_REST, _REST, _REST, head=_REST, floating=_REST, layers=layers)
 
 

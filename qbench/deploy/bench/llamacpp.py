@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qbench.deploy.bench.backend import Backend, Engine, Run, Subject
 from qbench.deploy.operators import Bits
+from qbench.quant.storage import FLOAT_BITS
 
 _CACHE = 16.0  # bits of its keys and values by default
 
@@ -24,6 +25,8 @@ class LlamaCpp(Backend):
     def why_not(self, subject: Subject) -> str:
         if find_spec("llama_cpp") is None:
             return "not installed; pip install 'qbench[llamacpp]', which compiles it"
+        if torch.device(subject.device).type != "cpu":
+            return f"it runs on the CPU here, the device is {subject.device}; set device=cpu"
         if subject.gguf is None:
             return "it runs a GGUF file, and there is none; export one (qbench export --to gguf) and name it with gguf="
         return ""
@@ -57,6 +60,7 @@ class LlamaCppEngine(Engine):
         llama_cpp.llama_log_set(_silent(), None)
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
+        parameters.n_gpu_layers = 0  # by default a build for GPUs does not run on the processor
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if not model:
             raise OSError(
@@ -72,7 +76,10 @@ class LlamaCppEngine(Engine):
     def bits(self) -> Bits:
         """One width for all of the file: its types differ from layer to layer."""
         each = 8 * self.weight_bytes / int(self.library.llama_model_n_params(self.model))
-        return Bits(each, 32.0, _CACHE, head=each, code=each, floating=32.0)
+        if each >= FLOAT_BITS:
+            return Bits(each, 32.0, _CACHE, head=each, code=each, floating=32.0)
+        # Beside quantized types it rounds inputs to 8 bits, and multiplies integers.
+        return Bits(each, 8.0, _CACHE, head=each, code=min(each, 8.0), floating=32.0)
 
     def run(self, prompts: Tensor, new_tokens: int) -> Run:
         lib, (batch, length) = self.library, prompts.shape

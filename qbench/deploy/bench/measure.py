@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from qbench.deploy.bench.backend import Engine, Run
 from qbench.deploy.bench.memory import grown
+from qbench.errors import first_line
+
+T = TypeVar("T")
 
 _Z = 0.6744897501960817  # the upper quartile of the standard normal distribution
 
@@ -115,34 +119,63 @@ class Timing:
 
 
 def in_turns(
-    engines: Mapping[str, Engine], plan: Plan, vocab: int, say: Callable[[str], None] = lambda line: None
+    engines: Mapping[str, Engine],
+    plan: Plan,
+    vocab: int,
+    say: Callable[[str], None] = lambda line: None,
+    failed: dict[str, str] | None = None,
 ) -> list[Timing]:
     """Time all engines on all pairs of batch and prompt.
 
-    Each repetition begins with another engine, so that none always follows the same one.
+    Each repetition begins with another engine, so that none always follows the same one. An engine that fails, for want
+    of memory for example, is asked no more, and what the others did before stays.
+
+    Args:
+        failed: Told why an engine failed, by its name; `None` raises it.
     """
-    found = list[Timing]()
+    left, found = dict(engines), list[Timing]()
     for batch, prompt in plan.pairs():
         say(f"batch {batch}, prompt {prompt}")
-        found += _pair(engines, plan, drawn(vocab, batch, prompt))
+        tokens, wrong = drawn(vocab, batch, prompt), dict[str, Exception]()
+        found += _pair(left, plan, tokens, wrong)
+        for name, error in wrong.items():
+            if failed is None:
+                raise error
+            failed[name] = f"failed at batch {batch}, prompt {prompt}: {first_line(error)}"
+            del left[name]
     return found
 
 
-def _pair(engines: Mapping[str, Engine], plan: Plan, tokens: Tensor) -> list[Timing]:
-    names = list(engines)
-    peaks = {name: _warmed(engines[name], plan, tokens) for name in names}
+def _pair(
+    engines: Mapping[str, Engine], plan: Plan, tokens: Tensor, failed: dict[str, Exception]
+) -> list[Timing]:
+    def tried(name: str, act: Callable[[Engine], T]) -> T | None:
+        try:
+            return act(engines[name])
+        except (MemoryError, RuntimeError, ValueError) as error:
+            failed[name] = error
+            return None
+
+    peaks = {name: tried(name, lambda engine: _warmed(engine, plan, tokens)) for name in engines}
+    names = [name for name in engines if name not in failed]
     runs: dict[str, list[Run]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
     try:
         for repeat in range(plan.repeats):
-            start = repeat % len(names)
+            start = repeat % max(1, len(names))
             for name in names[start:] + names[:start]:
-                runs[name].append(engines[name].run(tokens, plan.new_tokens))
+                run = (
+                    None
+                    if name in failed
+                    else tried(name, lambda engine: engine.run(tokens, plan.new_tokens))
+                )
+                if run is not None:
+                    runs[name].append(run)
     finally:
         gc.enable()
-    batch, prompt = tokens.shape
-    return [Timing(n, batch, prompt, plan.new_tokens, tuple(runs[n]), peaks[n]) for n in names]
+    (batch, prompt), whole = tokens.shape, [name for name in names if name not in failed]
+    return [Timing(n, batch, prompt, plan.new_tokens, tuple(runs[n]), peaks[n]) for n in whole]
 
 
 def _warmed(engine: Engine, plan: Plan, tokens: Tensor) -> float | None:

@@ -2,13 +2,13 @@
 
 import contextlib
 import gc
-import threading
 from collections.abc import Iterator
 
 import psutil
 import torch
 
 from qbench.memory.allocator import freed_memory_returned, return_freed_memory
+from qbench.memory.watch import peak_rss
 
 _EVERY = 0.002  # seconds
 
@@ -28,26 +28,7 @@ def grown() -> Iterator[list[float]]:
     # What was freed before must not be taken again unseen.
     with freed_memory_returned():
         return_freed_memory()
-        with _watched() as peak:
+        before, peak = psutil.Process().memory_info().rss, [0.0]
+        with peak_rss(_EVERY) as held:
             yield peak
-
-
-@contextlib.contextmanager
-def _watched() -> Iterator[list[float]]:
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-    peak = [0.0]
-
-    def watch() -> None:
-        while True:
-            peak[0] = max(peak[0], float(process.memory_info().rss - before))
-            if done.wait(_EVERY):
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
+        peak[0] = max(0.0, held[0] - before)

@@ -43,6 +43,7 @@ class Outcome:
         machine: A label of processor and threads.
         left_out: Why backends were not timed, by name.
         roof: `None` where `why_no_roof` says why.
+        is_recipe: Whether the subject is a quantized model, so that what ran its floating-point model did not run it.
         load: Of the machine by other processes and this one, over the last minute, before and after.
     """
 
@@ -56,6 +57,7 @@ class Outcome:
     roof: Roof | None
     why_no_roof: str = ""
     load: tuple[float, float] = (0.0, 0.0)
+    is_recipe: bool = False
     measured: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
 
     def rows(self) -> list["Row"]:
@@ -78,10 +80,9 @@ class Outcome:
 
     def metrics(self) -> dict[str, float]:
         """What a record of the subject carries: of backends that ran what was evaluated, and nothing near it."""
-        recipes = any(one.runs_recipe for one in self.opened.values())
         found: dict[str, float] = {}
         for row in self.rows():
-            if row.opened.runs_recipe == recipes and not row.opened.remark:
+            if row.opened.runs_recipe == self.is_recipe and not row.opened.remark:
                 found |= row.metrics(self.machine)
         return found
 

@@ -1,6 +1,7 @@
 """Measured times beside the least that the roofline allows on the same machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from qbench.deploy.bench.measure import Timing
 from qbench.deploy.devices import Device
@@ -28,6 +29,12 @@ class Roof:
         parts = (self._seconds(bits, timing.batch, context, "decode", head) for head in (True, False))
         return sum(parts) / timing.step().value
 
+    @cached_property
+    def _each_block(self) -> Shape:
+        """Blocks one by one: alike in size, they may differ in the widths of their kernels."""
+        blocks = (replace(block, at=(index,)) for block in self.shape.blocks for index in block.at)
+        return replace(self.shape, blocks=tuple(blocks))
+
     def _seconds(self, bits: Bits, batch: int, context: int, phase: Phase, only_head: bool) -> float:
-        found = operators(self.shape, bits, batch, context, phase, self.device.on_chip)
+        found = operators(self._each_block, bits, batch, context, phase, self.device.on_chip)
         return sum(o.count * o.seconds(self.device) for o in found if (o.name == "lm_head") == only_head)

@@ -54,8 +54,10 @@ class VLLMEngine(Engine):
         return None
 
     def run(self, prompts: Tensor, new_tokens: int) -> Run:
-        first = self._timed(prompts, 1)
-        return Run(first, max(self._timed(prompts, new_tokens) - first, 0.0))
+        first, whole = self._timed(prompts, 1), self._timed(prompts, new_tokens)
+        if whole <= first:
+            raise ValueError(f"vLLM made {new_tokens} tokens no slower than one; raise new_tokens=")
+        return Run(first, whole - first)
 
     def _timed(self, prompts: Tensor, n: int) -> float:
         from vllm import SamplingParams

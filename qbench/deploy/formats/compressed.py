@@ -5,7 +5,7 @@ them; these lie on their grids already, and every layer is unpacked again and co
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +24,8 @@ from qbench.deploy.writer import Writer
 from qbench.errors import Unsuitable
 from qbench.models.family import family_of
 from qbench.models.layout import hub_names, load_checkpoint
-from qbench.quant.codes import codes_of, outer_of
+from qbench.quant.codes import decoded, outer_of
+from qbench.quant.grid import QParams
 from qbench.quant.spec import QuantSpec, SymmetricMode
 
 _DENSE = "from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))"
@@ -38,13 +39,14 @@ class CompressedTensors(HuggingFace):
 
     name: ClassVar[str] = "compressed-tensors"
     title: ClassVar[str] = "compressed-tensors, which vLLM, SGLang and transformers load"
+    packages: ClassVar[tuple[str, ...]] = ("compressed-tensors",)
 
     def __init__(self, source: Any) -> None:
         super().__init__(source)
         self._written: dict[str, Group] = {}
 
     def check(self) -> None:
-        super().check()
+        self.check_function()
         scheme, offer = self.source.scheme, "export it with --to hf, in floating point"
         if mixes := self.source.algorithm.mixes:
             raise Unsuitable(f"compressed-tensors has codes of one grid for a layer, not {mixes}", offer)
@@ -98,6 +100,11 @@ class CompressedTensors(HuggingFace):
                     f"{name} is a {type(module).__name__} to transformers, and compressed-tensors packs nn.Linear alone",
                     "export it with --to hf, in floating point",
                 )
+        if self.fused and any(not group.weights.symmetric for group in self._planned.values()):
+            raise Unsuitable(
+                "transformers merges experts as it loads them, and unpacks no zero-points of theirs",
+                "export a recipe with weight_symmetric=true",
+            )
         if self._dense and not self._dense_is_all:
             raise Unsuitable(
                 "transformers makes floating-point weights of these layers as it loads them, all by one scheme, and "
@@ -142,12 +149,12 @@ class CompressedTensors(HuggingFace):
             raise ValueError(
                 f"{layer.name} was rounded to a grid that compressed-tensors has not; use --to hf"
             )
-        codes_of(layer.weight.detach(), layer.grid, spec)
+        codes, weight = layer.codes(), layer.weight.detach().to(self.source.dtype)
         group = group_of(spec, layer.activation)
-        given = {
-            "weight": layer.weight.detach().to(self.source.dtype),
-            **_parameters(layer, spec, self.source.dtype),
-        }
+        if spec.format == "int":  # rounded anew with a rounded scale, high codes would move
+            stored = QParams(layer.grid.scale.to(self.source.dtype).float(), layer.grid.zero)
+            weight = decoded(codes, stored, spec, torch.float32)
+        given = {"weight": weight, **_parameters(layer, spec, self.source.dtype)}
         tensors = group.compressor.compress(given, group.scheme())
         back = _unpacked(group, tensors)
         wanted, wrong = layer.weight.detach(), back.double() - layer.weight.detach().double()
@@ -155,7 +162,7 @@ class CompressedTensors(HuggingFace):
         eps = (
             0.0
             if self.source.dtype == torch.float32 == wanted.dtype
-            else 3 * torch.finfo(self.source.dtype).eps
+            else 3 * max(torch.finfo(self.source.dtype).eps, torch.finfo(wanted.dtype).eps)
         )
         if (wrong.abs() > eps * wanted.double().abs()).any():
             raise ValueError(
@@ -216,6 +223,20 @@ class CompressedTensors(HuggingFace):
                 "The installed transformers and compressed-tensors do not find each other's cache: loaded there, keys "
                 "and values stay in floating point. Engines that read k_scale and v_scale (vLLM, SGLang) find them."
             )
+        if any(g.weights.scale_format == "e4m3" for g in self._planned.values()):
+            found.append(
+                "vLLM and SGLang merge layers (q, k and v; gate and up) as they load them, and take one second scale for "
+                "all parts, the largest that is stored. Here each layer has its own, so that their weights are others there."
+            )
+        if any(
+            g.weights.format == "e4m3" and g.weights.granularity == "tensor" for g in self._planned.values()
+        ):
+            found.append(
+                "vLLM and SGLang round merged layers (q, k and v; gate and up) anew as they load them, to the largest of "
+                "their scales; weight_granularity=auto, with a scale for each row, is loaded as it is."
+            )
+        if self.source.scheme.kv is not None and self.source.scheme.kv.key.format == "int":
+            found.append("vLLM has keys and values in FP8 alone; kv_format=e4m3 is what it computes.")
         if any(self.as_read(spec) != spec for spec in self.source.scheme.activations):
             found.append(
                 "transformers' compressed-tensors quantizes int8 inputs with scale 2 max|x| / (2^bits - 1), evaluated was "
@@ -241,15 +262,15 @@ class CompressedTensors(HuggingFace):
         groups: dict[Group, list[str]] = {}
         for name, group in self._written.items():
             groups.setdefault(group, []).append(self._hub_names[name])
-        linears = [n for n, m in self.built.named_modules() if isinstance(m, nn.Linear)]
-        ignored = [name for name in linears if name not in self._written]
+        ignored = [name for name in _like_linears(self.built) if name not in self._written]
+        packed = self._written.keys() | set(self._hub_names.values())
         alone = len(groups) == 1
         config = QuantizationConfig(
             config_groups={
                 f"group_{i}": group.scheme(["Linear"] if alone else names)
                 for i, (group, names) in enumerate(groups.items())
             },
-            ignore=_shortened(ignored), kv_cache_scheme=kv_args(self.source.scheme.kv),
+            ignore=_shortened(ignored, packed), kv_cache_scheme=kv_args(self.source.scheme.kv),
             format=next(iter(groups)).format if alone else "mixed-precision", quantization_status="compressed",
         )  # fmt: skip
         return {"quant_method": "compressed-tensors", **config.model_dump(mode="json", exclude_none=True)}
@@ -274,7 +295,7 @@ def _parameters(layer: QuantizedLayer, spec: QuantSpec, dtype: torch.dtype) -> d
     rows = len(layer.weight)
     scale, zero = layer.grid
     if spec.granularity == "tensor":
-        return {"weight_scale": scale.reshape(1).to(dtype)}
+        return {"weight_scale": scale.flatten()[:1].to(dtype)}
     if spec.granularity == "block":
         scale = scale.expand(rows, -1, 1)[:: spec.group_size]
     scale = scale.expand(len(scale) if spec.granularity == "block" else rows, -1, 1).squeeze(-1)
@@ -295,12 +316,23 @@ def _unpacked(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
     return group.compressor.decompress(dict(tensors), group.scheme())["weight"]
 
 
-def _shortened(names: Sequence[str]) -> list[str]:
-    """Layers of all blocks by one pattern each."""
-    patterns = {
-        re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))
-        for name in names
-        if re.search(r"\.\d+\.", name)
-    }
-    plain = [name for name in names if not re.search(r"\.\d+\.", name)]
-    return plain + [f"re:{pattern}$" for pattern in sorted(patterns)]
+def _like_linears(built: nn.Module) -> list[str]:
+    """What engines may take for linear layers; routers are, though transformers has modules of their own for them."""
+    found = []
+    for name, module in built.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            found.append(name)
+    return found
+
+
+def _shortened(names: Sequence[str], packed: Collection[str]) -> list[str]:
+    """Layers by one pattern for those of all blocks, where none that is packed fits it; else by their names."""
+    alone, patterns = list[str](), dict[str, None]()
+    for name in names:
+        pattern = re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))
+        if pattern == re.escape(name) or any(re.fullmatch(pattern, other) for other in packed):
+            alone.append(name)
+        else:
+            patterns[pattern] = None
+    return alone + [f"re:{pattern}$" for pattern in sorted(patterns)]

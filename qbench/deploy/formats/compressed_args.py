@@ -111,7 +111,10 @@ def _check_weight(spec: QuantSpec) -> None:
             "set weight_format=mxfp4 or nvfp4",
         )
     if spec.real_zero or spec.bits == 1:
-        raise Unsuitable("compressed-tensors has zero-points that are integers, not real numbers", _HF)
+        raise Unsuitable(
+            "compressed-tensors has zero-points that are integers, not real numbers",
+            "export it with --to gguf, whose q4_1 has real ones, or --to hf, in floating point",
+        )
     if spec.format == "int" and spec.granularity == "block":
         raise Unsuitable(
             "compressed-tensors has blocks of rows and columns in FP8 alone", "set weight_granularity=auto"
@@ -126,6 +129,11 @@ def _check_input(spec: QuantSpec) -> None:
     if spec.scale_format == "e4m3":
         raise Unsuitable(
             "compressed-tensors has a fixed second scale for NVFP4 inputs, qbench one for each token",
+            "export a recipe with abits=16",
+        )
+    if spec.scale_format == "e8m0":
+        raise Unsuitable(
+            "compressed-tensors rounds the range of MX inputs before it takes its exponent, qbench cuts it off",
             "export a recipe with abits=16",
         )
     if spec.format not in ("int", "e4m3", "e2m1", "e2m3"):

@@ -39,12 +39,17 @@ class Format(ABC):
     Attributes:
         name: On the command line.
         title: For messages: the format, and what loads it.
-        exact: Whether a loaded layer is, in float32, what was evaluated to the bit.
+        packages: That pack it, for the card; `loading`: how it is loaded.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    exact: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ()
+    loading: ClassVar[str] = (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("<this folder>")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n```'
+    )
 
     def __init__(self, source: Source) -> None:
         self.source = source

@@ -58,7 +58,8 @@ class GGUF(Format):
 
     name: ClassVar[str] = "gguf"
     title: ClassVar[str] = "GGUF, which llama.cpp loads"
-    exact: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ("gguf",)
+    loading: ClassVar[str] = "The tokenizer is in the file.\n\n```bash\nllama-cli -m model.gguf\n```"
     kind: ClassVar[Kind | None] = None
 
     def __init__(self, source: Source) -> None:
@@ -186,7 +187,7 @@ class GGUF(Format):
 
     def notes(self) -> list[str]:
         inner = "llama.cpp rounds the inputs of quantized layers to 8 bits, which the recipe did not."
-        return [self.statement() + ".", inner] if self._held + self._anew else [self.statement() + "."]
+        return [self.statement() + ".", inner] if self._rounds_inputs else [self.statement() + "."]
 
     def statement(self) -> str:
         """What was stored as it is, and what was rounded anew."""
@@ -199,6 +200,11 @@ class GGUF(Format):
         if self.kind is not None and any(kind != self.kind for kind in self._held + self._anew):
             parts.append(f"{self.kind.name} does not divide the rows of those that are of another type")
         return f"qbench: {self.source.scheme}; " + "; ".join(parts or ["no layer quantized"])
+
+    @property
+    def _rounds_inputs(self) -> bool:
+        """Whether llama.cpp rounds what some layer reads: it does where weights are of a quantized type."""
+        return any(kind not in FLOATS.values() for kind in self._held + self._anew)
 
     @cached_property
     def _tensors(self) -> Tensors:

@@ -90,11 +90,11 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     kind = "llama" if model.get("byte_fallback") else "gpt2"
     pre, prefix = ("default", _prefixed(backend)) if kind == "llama" else (_cut(backend, spec), False)
     begins, ends = _ends(tokenizer)
-    template = tokenizer.chat_template
+    template, types = tokenizer.chat_template, _types(vocab, added, model, size)
     return Vocabulary(
-        kind, pre, _tokens(vocab, size), _types(vocab, added, model, size),
+        kind, pre, _tokens(vocab, size), types,
         [" ".join(pair) for pair in pairs] if kind == "gpt2" else [],
-        _scores(model["vocab"], pairs, size) if kind == "llama" else [],
+        _scores(model["vocab"], pairs, types) if kind == "llama" else [],
         _special(tokenizer), begins, ends, prefix, template if isinstance(template, str) else None,
     )  # fmt: skip
 
@@ -195,20 +195,20 @@ def _spaced(backend: Any, text: str) -> Any:
     return pieces[0] if len(pieces) == 1 else None
 
 
-def _scores(vocab: Mapping[str, int], pairs: list[tuple[str, str]], size: int) -> list[float]:
+def _scores(vocab: Mapping[str, int], pairs: list[tuple[str, str]], types: list[TokenType]) -> list[float]:
     """Scores by which llama.cpp, which joins whatever two pieces make a token, joins them in the order of the merges."""
     ranks: dict[str, list[int]] = {}
     for rank, pair in enumerate(pairs):
         ranks.setdefault("".join(pair), []).append(rank)
     known = set(pairs)
-    for token in ranks:
+    for token in (token for token, number in vocab.items() if types[number] == TokenType.NORMAL):
         if missing := next((p for p in _halves(token, vocab) if p not in known), None):
             raise _not(
                 f"it does not merge {missing[0]!r} and {missing[1]!r}", "every two pieces of a token must be"
             )
     if any(found[-1] - found[0] >= len(found) for found in ranks.values()):
         raise _not("its merges are not ordered by what they make", "SentencePiece's are")
-    scores = [0.0] * size
+    scores = [0.0] * len(types)
     for token, number in vocab.items():
         scores[number] = -float(ranks[token][0]) if token in ranks else 0.0
     return scores

@@ -44,12 +44,12 @@ class GPTQLayout(HuggingFace):
 
     name: ClassVar[str] = "gptq"
     title: ClassVar[str] = "GPTQ's layout, which GPTQModel, vLLM, SGLang and transformers load"
-    exact: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ("gptqmodel",)
     kernel: ClassVar[str] = "torch"
     widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
 
     def check(self) -> None:
-        super().check()
+        self.check_function()
         scheme = self.source.scheme
         if mixes := self.source.algorithm.mixes:
             raise Unsuitable(f"{self.name} has codes of one grid for a layer, not {mixes}", _OTHERS)

@@ -23,10 +23,25 @@ class HuggingFace(Format):
     title: ClassVar[str] = "floating-point safetensors, which any library loads"
 
     def check(self) -> None:
+        self.check_function()
+        scheme = self.source.scheme
+        if not scheme.weights and not scheme.is_float:
+            raise Unsuitable(
+                f"of {scheme} a checkpoint in floating point would hold nothing: weights alone are in it",
+                "set kvbits where the engine runs; an engine of compressed-tensors reads kvbits=8 kv_layout=tensor "
+                "kv_symmetric=true beside quantized weights",
+            )
+
+    def check_function(self) -> None:
+        """Refuse what is no function of a checkpoint of the architecture.
+
+        Raises:
+            Unsuitable: As `check`.
+        """
         if beside := self.source.algorithm.beside:
             raise Unsuitable(
                 f"the model needs {beside}, which no checkpoint of its architecture holds",
-                "export a recipe without them, such as algo=quarot_gptq algo.steps.rotate.online=false",
+                "export the recipe without them; where they are rotations, with algo.steps.rotate.online=false",
             )
         if self.source.scheme.kv is not None and self.source.scheme.kv.rotate:
             raise Unsuitable(

