@@ -121,13 +121,11 @@ class CompressedTensors(HuggingFace):
         layers: Sequence[QuantizedLayer],
         fixed: Mapping[str, Tensor],
     ) -> None:
-        packed = {layer.name: layer for layer in layers if layer.spec is not None}
-        rest = {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}
-        writer.add(self._hub({n: t for n, t in rest.items() if n.removesuffix(".weight") not in packed}))
-        for name, layer in packed.items():
-            group, tensors = self._packed(layer)
-            self._written[name] = group
-            writer.add({f"{self._hub_names[name]}.{key}": tensor for key, tensor in tensors.items()})
+        packed = {layer.name: self._packed(layer) for layer in layers if layer.spec is not None}
+        self._written |= {name: group for name, (group, _) in packed.items()}
+        self.write_packed(
+            writer, path, block, {n: tensors for n, (_, tensors) in packed.items()}, self._hub_names
+        )
         if kv_args(self.source.scheme.kv) is not None:
             attention = (family_of(self.source.skeleton).attention_out or "").rpartition(".")[0]
             for ours, theirs in (("keys", "k_scale"), ("values", "v_scale")):

@@ -150,12 +150,8 @@ class GPTQLayout(HuggingFace):
         layers: Sequence[QuantizedLayer],
         fixed: Mapping[str, Tensor],
     ) -> None:
-        chosen = {layer.name: layer for layer in layers if layer.spec is not None}
-        rest = {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}
-        writer.add(self._hub({n: t for n, t in rest.items() if n.removesuffix(".weight") not in chosen}))
-        for name, layer in chosen.items():
-            tensors = self._packed(layer)
-            writer.add({f"{self._hub_names[name]}.{key}": tensor for key, tensor in tensors.items()})
+        packed = {layer.name: self._packed(layer) for layer in layers if layer.spec is not None}
+        self.write_packed(writer, path, block, packed, self._hub_names)
 
     def stored(self, layer: QuantizedLayer) -> Tensor:
         return self._read(parts_of(layer)).to(self.source.dtype)

@@ -59,6 +59,25 @@ class HuggingFace(Format):
     ) -> None:
         writer.add(self._hub({f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}))
 
+    def write_packed(
+        self,
+        writer: Writer,
+        path: str,
+        block: nn.Module,
+        packed: Mapping[str, Mapping[str, Tensor]],
+        names: Mapping[str, str],
+    ) -> None:
+        """Write a block whose quantized layers are other tensors than a weight: these, and the rest as it is.
+
+        Args:
+            packed: By a layer's name in the model: its tensors, by their names in the format.
+            names: Of layers on the hub, by their names in the model.
+        """
+        rest = {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}
+        writer.add(self._hub({n: t for n, t in rest.items() if n.removesuffix(".weight") not in packed}))
+        for name, tensors in packed.items():
+            writer.add({f"{names[name]}.{key}": tensor for key, tensor in tensors.items()})
+
     def finish(self, writer: Writer, model: Any, tokenizer: Any) -> None:
         blocks, tied = family_of(model).blocks, is_tied(model)
         head = next((name for name, m in model.named_modules() if m is model.get_output_embeddings()), None)
