@@ -13,7 +13,7 @@ Prints a Markdown table of wall-clock seconds; the total is of reading and tabul
 
 import json
 import random
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -164,8 +164,12 @@ def read(folder: Path, uri: str | None) -> dict[str, float]:
 
 
 def _peak() -> float:
-    """The largest resident set of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The largest resident set of this process so far, MiB.
+
+    `ru_maxrss` will not do: a process begins with that of whoever started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:

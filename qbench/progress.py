@@ -37,7 +37,7 @@ class Progress:
         if not path.is_file():
             return None
         state = json.loads(path.read_text())
-        if state.get("layout") != _LAYOUT:  # an older version wrote it
+        if state.pop("layout", None) != _LAYOUT:  # an older version wrote it
             return None
         whole = self._entering(state["done"]).is_file() and all(
             self.block_file(index).is_file() for index in range(state["done"])

@@ -38,6 +38,24 @@ from qbench.evaluate.result import Evaluation
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
+
+# Few tests that take minutes: a file goes to one worker whole, and one of these that came last would be waited for alone.
+FIRST = (
+    "test_readme",
+    "test_sweep",
+    "test_families",
+    "test_studies_run",
+    "test_laws",
+    "test_export",
+    "test_launchers",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
+
+
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 COMMON = {

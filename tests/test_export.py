@@ -18,6 +18,7 @@ from qbench.deploy.formats import FORMATS
 from qbench.deploy.formats.compressed import CompressedTensors
 from qbench.deploy.writer import Writer
 from qbench.errors import Unsuitable
+from qbench.export.parity import Difference, InEngine
 from qbench.export.run import Export, export, prepared
 from qbench.job import Job
 from qbench.models.layout import hub_tensors, is_tied, plain
@@ -417,6 +418,15 @@ def _spoil(writer: Writer) -> int:
 
 
 CLOSE = Writer.close_tensors
+
+
+def test_an_engine_is_allowed_its_rounding_of_inputs_and_that_of_sums():
+    """Where it rounds no inputs, that of sums is all: KL is of second order in a difference of logits."""
+    same = Difference(0.0, 0.0, 0.0, 1.0)
+    assert InEngine("x", same, 1e-12, 0.0, 1e-13, 1.0).holds
+    assert not InEngine("x", same, 1e-9, 0.0, 1e-13, 1.0).holds
+    assert InEngine("x", same, 2e-4, 1e-4, 1e-13, 1.0).holds
+    assert not InEngine("x", same, 2.1e-4, 1e-4, 1e-13, 1.0).holds
 
 
 def test_a_checkpoint_that_is_not_what_was_evaluated_is_not_exported(tmp_path, monkeypatch):

@@ -217,13 +217,6 @@ def test_that_inputs_are_rounded_is_said_of_quantized_types_alone(tmp_path, toke
     assert any("rounds the inputs" in note for note in made.format.notes()) == rounds
 
 
-def test_llama_cpp_is_not_held_to_its_rounding_where_nothing_is_quantized(tmp_path, tokenizer):
-    made = exported(tmp_path / "out", random_model(*MODELS["llama"]), tokenizer, Scheme())
-    engine, why = made.format.engine(made.folder)
-    assert engine is None
-    assert "and it rounds none" in why
-
-
 def test_the_metadata_are_the_models(tmp_path, tokenizer):
     model = random_model(*MODELS["mistral"])
     made = exported(tmp_path / "out", model, tokenizer, Scheme.of(4))
