@@ -187,9 +187,8 @@ def _adopt(made: Format, again: Remade) -> None:
     for layer in again.layers:
         if layer.spec is not None:
             layer.weight.data = made.stored(layer).to(layer.weight.device)
-    for (
-        parameter
-    ) in again.model.parameters():  # buffers, such as rotary frequencies, keep their precision when loaded
+    # Buffers, such as rotary frequencies, keep their precision when a checkpoint is loaded.
+    for parameter in again.model.parameters():
         parameter.data = parameter.data.to(made.source.dtype)
 
 

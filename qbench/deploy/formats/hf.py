@@ -79,12 +79,11 @@ class HuggingFace(Format):
             writer.add({f"{names[name]}.{key}": tensor for key, tensor in tensors.items()})
 
     def finish(self, writer: Writer, model: Any, tokenizer: Any) -> None:
-        blocks, tied = family_of(model).blocks, is_tied(model)
-        head = next((name for name, m in model.named_modules() if m is model.get_output_embeddings()), None)
+        family, tied = family_of(model), is_tied(model)
         rest = {
             name: tensor
             for name, tensor in model.state_dict().items()
-            if not name.startswith(f"{blocks}.") and not (tied and name == f"{head}.weight")
+            if not name.startswith(f"{family.blocks}.") and not (tied and name == f"{family.head}.weight")
         }
         writer.add(self._hub(rest))
         save_around(model, tokenizer, writer.folder, self.source.dtype, self.quantization())
